@@ -1,0 +1,13 @@
+# Enter the environment that setup.sh made:   . ./env.sh      (bash; after sourcing ROS 2, if you have it)
+_il_root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ ! -f "$_il_root/.venv/ready" ]; then
+  echo 'env.sh: nothing is built yet; run  bash setup.sh  first' >&2
+  return 1
+fi
+. "$_il_root/.venv/bin/activate"
+# Without a ROS 2 installation the venv itself is the ROS prefix.
+[ -n "${ROS_DISTRO:-}" ] || export AMENT_PREFIX_PATH="$VIRTUAL_ENV${AMENT_PREFIX_PATH:+:$AMENT_PREFIX_PATH}"
+. "$_il_root/install/local_setup.bash"
+# Robots are not found, and not driven, across the network unless you say so.
+export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}"
+unset _il_root

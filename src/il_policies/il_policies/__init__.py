@@ -1,0 +1,1 @@
+"""Robot contract, data, policies, training, evaluation and simulated tasks. Never imports ROS."""
