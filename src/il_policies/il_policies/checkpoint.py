@@ -1,0 +1,121 @@
+"""Checkpoints: a folder with `model.safetensors` (weights) and `policy.json` (everything else). No pickle.
+
+policy.json: kind, config, spec, statistics, extra (contract, contract_hash, dataset_hash, training), the SHA-256 of the
+weights, and `hash`, the first 16 hex digits of the SHA-256 of all that: what `ActionChunk.policy` carries.
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from il_policies.contract import ContractError, from_dict
+from il_policies.policies import Policy, PolicyError, PolicySpec, policy_class
+from il_policies.policies.normalize import Normalizer
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION = 'model.safetensors', 'policy.json'
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message says which file and why."""
+
+
+def save(path: str | Path, policy: Policy, extra: dict) -> None:
+    """Write a checkpoint folder, replacing an older checkpoint there; sets `policy.extra` and `policy.hash`.
+
+    Written to a temporary folder beside it, synced and renamed: killed at any time, it leaves no half-written checkpoint.
+    extra: JSON types. Raises CheckpointError if something else is at `path` or it cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path / DESCRIPTION).exists():
+        raise CheckpointError(f'{path}: exists and is no checkpoint; give another folder')
+    weights = save_tensors({name: value.contiguous() for name, value in policy.state_dict().items()})
+    description = {
+        'format': FORMAT,
+        'kind': policy.kind,
+        'config': dataclasses.asdict(policy.config),
+        'spec': dataclasses.asdict(policy.spec),
+        'statistics': policy.normalizer.statistics,
+        'extra': extra,
+        'weights_sha256': hashlib.sha256(weights).hexdigest(),
+    }
+    description['hash'] = _hash(description)
+    temporary = path.with_name(f'.{path.name}.new')
+    replaced = path.with_name(f'.{path.name}.old')
+    try:
+        for rest in (temporary, replaced):
+            shutil.rmtree(rest, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary / WEIGHTS, weights)
+        _write(temporary / DESCRIPTION, json.dumps(description, indent=1).encode())
+        _sync_folder(temporary)
+        if path.exists():
+            os.rename(path, replaced)
+        os.rename(temporary, path)
+        _sync_folder(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f'{path}: cannot be written: {error}') from None
+    policy.extra = json.loads(json.dumps(extra))
+    policy.hash = description['hash']
+
+
+def load(path: str | Path) -> Policy:
+    """The policy of a checkpoint folder, in evaluation mode, with `extra` and `hash` set. Raises CheckpointError."""
+    path = Path(path)
+    try:
+        text = (path / DESCRIPTION).read_text()
+        weights = (path / WEIGHTS).read_bytes()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f'{path}: no readable checkpoint ({DESCRIPTION} and {WEIGHTS}): {error}') from None
+    try:
+        description = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f'{path / DESCRIPTION}: not JSON: {error}') from None
+    if not isinstance(description, dict) or description.get('format') != FORMAT:
+        found = description.get('format') if isinstance(description, dict) else type(description).__name__
+        raise CheckpointError(f'{path / DESCRIPTION}: format is {found}; this version reads {FORMAT}')
+    if hashlib.sha256(weights).hexdigest() != description.get('weights_sha256'):
+        raise CheckpointError(f'{path / WEIGHTS}: damaged: its SHA-256 is not the one in {DESCRIPTION}')
+    if _hash(description) != description.get('hash'):
+        raise CheckpointError(f'{path / DESCRIPTION}: damaged or edited: its content does not match its hash')
+    try:
+        policy_type, config_type = policy_class(description['kind'])
+        spec = from_dict(PolicySpec, description['spec'], 'spec')
+        config = from_dict(config_type, description['config'], 'config')
+        policy = policy_type(spec, config, Normalizer(description['statistics']))
+        policy.load_state_dict(load_tensors(weights))
+    except (PolicyError, ContractError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f'{path}: does not fit this version: {" ".join(str(error).split())}') from None
+    policy.extra = description['extra']
+    policy.hash = description['hash']
+    return policy.eval().requires_grad_(False)
+
+
+def _hash(description: dict) -> str:
+    content = {key: value for key, value in description.items() if key != 'hash'}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write(file: Path, data: bytes) -> None:
+    with open(file, 'wb') as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,236 @@
+"""rosbag2 bags in mcap, written and read without ROS.
+
+A bag is a folder, written under the name <bag>.part and renamed when closed: one that keeps that name was cut short, its
+complete chunks are readable with any streaming mcap reader.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+from mcap.exceptions import McapError
+from mcap.reader import SeekingReader
+from mcap.writer import CompressionType
+from mcap.writer import Writer as McapWriter
+from rosbags.interfaces import Nodetype
+from rosbags.serde import SerdeError
+from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
+from rosbags.typesys.base import TypesysError
+from rosbags.typesys.store import Typestore
+
+from il_policies.data.store import DataError
+
+DISTRO = 'kilted'
+METADATA_VERSION = 9
+CHUNK_SIZE = 64 * 1024  # about a second of a small robot: what a crash can cost
+INFINITE = {'sec': 9223372036, 'nsec': 854775807}
+
+
+class BagError(DataError):
+    """A bag that cannot be written or read."""
+
+
+def qos(reliability: str = 'reliable', durability: str = 'volatile', depth: int = 10, history: str = 'keep_last') -> dict:
+    """A QoS profile as rosbag2 writes it, without deadline, lifespan or lease."""
+    return {'history': history, 'depth': depth, 'reliability': reliability, 'durability': durability,
+            'deadline': dict(INFINITE), 'lifespan': dict(INFINITE), 'liveliness': 'automatic',
+            'liveliness_lease_duration': dict(INFINITE), 'avoid_ros_namespace_conventions': False}
+
+
+def standard_types() -> Typestore:
+    """Definitions of the common interfaces, as of the oldest distribution supported."""
+    return get_typestore(Stores.ROS2_JAZZY)
+
+
+def add_definitions(types: Typestore, type_name: str, folder_of: Callable[[str], Path]) -> None:
+    """Add a type and everything it contains to `types`, reading .msg files where they are not known yet.
+
+    type_name: such as il_msgs/msg/ActionChunk. folder_of: package → folder of its .msg files.
+    Raises BagError if a definition is absent or unreadable.
+    """
+    if type_name not in types.fielddefs:
+        package, _, name = type_name.split('/')
+        file = folder_of(package) / f'{name}.msg'
+        try:
+            types.register(get_types_from_msg(file.read_text(), type_name))
+        except (OSError, TypesysError) as error:
+            raise BagError(f'{type_name}: no definition: {error}') from None
+    for _, (kind, content) in types.fielddefs[type_name][1]:
+        if kind in (Nodetype.ARRAY, Nodetype.SEQUENCE):
+            kind, content = content[0]
+        if kind == Nodetype.NAME:
+            add_definitions(types, content, folder_of)
+
+
+class BagWriter:
+    """Writes one bag, message by message, as they come serialised from the middleware."""
+
+    def __init__(self, path: str | Path, types: Typestore):
+        """Open <path>.part for writing. Raises BagError if `path` exists or cannot be made."""
+        self.path = Path(path)
+        self.part = self.path.with_name(f'{self.path.name}.part')
+        if self.path.exists() or self.part.exists():
+            raise BagError(f'{self.path}: exists already')
+        try:
+            self.part.mkdir(parents=True)
+            self._stream = open(self.part / f'{self.path.name}_0.mcap', 'xb')
+        except OSError as error:
+            raise BagError(f'{self.path}: cannot be written: {error.strerror}') from None
+        self._types = types
+        self._writer = McapWriter(self._stream, chunk_size=CHUNK_SIZE, compression=CompressionType.NONE)
+        self._writer.start(profile='ros2', library='il_policies')
+        self._schemas: dict[str, int] = {}
+        self._channels: dict[str, int] = {}
+        self._topics: dict[str, dict] = {}  # topic → what metadata.yaml says about it
+        self._first: int | None = None
+        self._last = 0
+        self._unflushed = 0
+
+    def add_topic(self, topic: str, type_name: str, profiles: list[dict] | None = None) -> None:
+        """Declare a topic with the QoS profiles its publishers offer. Raises BagError for a type without definition."""
+        try:
+            definition, _ = self._types.generate_msgdef(type_name, ros_version=2)
+            type_hash = self._types.hash_rihs01(type_name)
+        except (TypesysError, KeyError):
+            raise BagError(f'{topic}: no definition of {type_name}') from None
+        profiles = [qos()] if profiles is None else profiles
+        if type_name not in self._schemas:
+            self._schemas[type_name] = self._writer.register_schema(type_name, 'ros2msg', definition.encode())
+        self._channels[topic] = self._writer.register_channel(topic, 'cdr', self._schemas[type_name], {
+            'offered_qos_profiles': yaml.safe_dump(profiles, sort_keys=False).strip(), 'topic_type_hash': type_hash})
+        self._topics[topic] = {'topic_metadata': {'name': topic, 'type': type_name, 'serialization_format': 'cdr',
+                                                  'offered_qos_profiles': profiles, 'type_description_hash': type_hash},
+                               'message_count': 0}
+
+    def write(self, topic: str, data: bytes, receive_ns: int, publish_ns: int) -> None:
+        """Append a message serialised as CDR. Raises BagError for an undeclared topic; OSError when the disk is full."""
+        if topic not in self._channels:
+            raise BagError(f'{self.path}: topic {topic} was not declared; there are: {", ".join(self._channels)}')
+        about = self._topics[topic]
+        self._writer.add_message(self._channels[topic], receive_ns, data, publish_ns, about['message_count'])
+        about['message_count'] += 1
+        self._first = receive_ns if self._first is None else min(self._first, receive_ns)
+        self._last = max(self._last, receive_ns)
+        self._unflushed += len(data)
+        if self._unflushed > CHUNK_SIZE:
+            self._stream.flush()
+            self._unflushed = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Topic → messages written."""
+        return {topic: about['message_count'] for topic, about in self._topics.items()}
+
+    def close(self, custom_data: dict[str, str] | None = None) -> Path:
+        """Finish the file, write metadata.yaml, and give the bag its name. Returns its path."""
+        name = f'{self.path.name}_0.mcap'
+        span = {'duration': {'nanoseconds': self._last - (self._first or 0)},
+                'starting_time': {'nanoseconds_since_epoch': self._first or 0}}
+        count = sum(self.counts.values())
+        information = {
+            'version': METADATA_VERSION, 'storage_identifier': 'mcap', **span, 'message_count': count,
+            'topics_with_message_count': list(self._topics.values()), 'compression_format': '', 'compression_mode': '',
+            'relative_file_paths': [name],
+            'files': [{'path': name, 'starting_time': span['starting_time'], 'duration': span['duration'], 'message_count': count}],
+            'custom_data': custom_data or None, 'ros_distro': DISTRO}
+        self._writer.add_metadata('rosbag2', {'serialized_metadata': _dump(information)})
+        self._writer.finish()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        with open(self.part / 'metadata.yaml', 'w') as file:
+            file.write(_dump({'rosbag2_bagfile_information': information}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(self.part, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        return self.path
+
+    def discard(self) -> None:
+        """Drop the recording."""
+        self._stream.close()
+        shutil.rmtree(self.part)
+
+
+def find_bags(path: str | Path) -> list[Path]:
+    """The bag folders below a folder (or the folder itself), by name. Raises BagError if there is none."""
+    path = Path(path)
+    bags = sorted(file.parent for file in path.rglob('metadata.yaml') if not file.parent.name.endswith('.part'))
+    if not bags:
+        raise BagError(f'{path}: no bag here (a bag is a folder with metadata.yaml)')
+    return bags
+
+
+def bag_info(path: str | Path) -> dict:
+    """What metadata.yaml says: the content of rosbag2_bagfile_information. Raises BagError."""
+    file = Path(path) / 'metadata.yaml'
+    try:
+        information = yaml.safe_load(file.read_text())['rosbag2_bagfile_information']
+        if information['storage_identifier'] != 'mcap':
+            raise BagError(f'{path}: storage is {information["storage_identifier"]!r}; valid: mcap')
+        information['relative_file_paths'], information['topics_with_message_count']
+    except (OSError, yaml.YAMLError) as error:
+        raise BagError(f'{file}: not readable: {" ".join(str(error).split())}') from None
+    except (KeyError, TypeError):
+        raise BagError(f'{file}: no rosbag2 metadata') from None
+    return information
+
+
+def topic_types(path: str | Path) -> dict[str, str]:
+    """Topic → type of every topic of a bag, including silent ones."""
+    return {entry['topic_metadata']['name']: entry['topic_metadata']['type']
+            for entry in bag_info(path)['topics_with_message_count']}
+
+
+def read_bag(path: str | Path, topics: Collection[str] | None = None) -> Iterator[tuple[str, str, int, int, object]]:
+    """Messages in the order received: (topic, type, receive stamp [ns], publish stamp [ns], message).
+
+    topics: only these (None: all). Types come from the definitions in the bag. Checksums are verified.
+    Raises BagError naming the file if it is absent, damaged, or its types are not defined.
+    """
+    for name in bag_info(path)['relative_file_paths']:
+        file = Path(path) / name
+        try:
+            with open(file, 'rb') as stream:
+                for schema, channel, message in SeekingReader(stream, validate_crcs=True).iter_messages(topics):
+                    if channel.message_encoding != 'cdr' or schema is None:
+                        raise BagError(f'{file}: {channel.topic} is encoded as {channel.message_encoding!r}; valid: cdr with schema')
+                    try:
+                        types = _types_of(schema.name, schema.encoding, schema.data)
+                        content = types.deserialize_cdr(message.data, schema.name)
+                    except (TypesysError, SerdeError, UnicodeDecodeError) as error:
+                        raise BagError(f'{file}: {channel.topic} is unreadable as {schema.name}: {error}') from None
+                    yield channel.topic, schema.name, message.log_time, message.publish_time, content
+        except OSError as error:
+            raise BagError(f'{file}: cannot be read: {error.strerror}') from None
+        except (McapError, struct.error) as error:
+            raise BagError(f'{file}: damaged: {" ".join(str(error).split()) or type(error).__name__}') from None
+
+
+@lru_cache(maxsize=256)
+def _types_of(name: str, encoding: str, definition: bytes) -> Typestore:
+    """The types of one schema, generated once."""
+    if encoding not in ('ros2msg', 'ros2idl'):
+        raise TypesysError(f'its definition is in {encoding!r}; valid: ros2msg, ros2idl')
+    types = get_typestore(Stores.EMPTY)
+    text = definition.decode()
+    types.register(get_types_from_msg(text, name) if encoding == 'ros2msg' else get_types_from_idl(text))
+    return types
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style without aliases, which other YAML readers of rosbag2 files do not expect."""
+
+    def ignore_aliases(self, data):
+        return True
+
+
+def _dump(data) -> str:
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=False)

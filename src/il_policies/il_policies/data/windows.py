@@ -1,0 +1,67 @@
+"""Training windows: for every row of every episode, the observations up to it and the actions from it on."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from il_policies.data.store import DataError, Dataset
+
+
+class Windows:
+    """One window per (episode, row t): history of rows t-To+1..t, actions of rows t..t+H-1; action 0 belongs to row t.
+
+    Before the first row of an episode the first is repeated; after the last the last action is repeated and not valid.
+    Low-dimensional data is held in memory; images are read when asked for.
+    """
+
+    def __init__(self, dataset: Dataset, observations: Sequence[str], history: int, horizon: int,
+                 episodes: Sequence[int] | None = None):
+        """Gather the chosen episodes (places in `dataset.episodes`; None: all).
+
+        Raises DataError for unknown features or episodes, an empty choice, or sizes below one.
+        """
+        unknown = [name for name in observations if name not in dataset.info.features]
+        if unknown:
+            raise DataError(f'{dataset.path}: no features {unknown}; there are: {list(dataset.info.features)}')
+        if history < 1 or horizon < 1:
+            raise DataError(f'history is {history} and horizon {horizon}; both must be at least 1')
+        episodes = list(range(len(dataset)) if episodes is None else episodes)
+        absent = [i for i in episodes if not 0 <= i < len(dataset)]
+        if absent or not episodes:
+            raise DataError(f'{dataset.path}: no episodes {absent or "chosen"}; there are {len(dataset)}')
+        self.dataset, self.history, self.horizon = dataset, history, horizon
+        tables = [dataset.lowdim(i) for i in episodes]
+        self.lowdim = {name: np.concatenate([table[name] for table in tables])
+                       for name in observations if dataset.info.features[name].kind == 'lowdim'}
+        """Feature → all N rows of the chosen episodes, (N, D) float32."""
+        self.images = [name for name in observations if dataset.info.features[name].kind == 'image']
+        """The image features."""
+        self.action = np.concatenate([table['action'] for table in tables])
+        """All actions, (N, D) float32."""
+        lengths = np.array([len(table['stamp']) for table in tables])
+        ends = np.cumsum(lengths)
+        self._episode = np.repeat(np.array(episodes), lengths)  # (N,)
+        self._first = np.repeat(ends - lengths, lengths)        # (N,) first row of the row's episode
+        self._last = np.repeat(ends - 1, lengths)               # (N,)
+
+    def __len__(self) -> int:
+        """Number of windows: one per row."""
+        return len(self.action)
+
+    def batch(self, indices: np.ndarray) -> dict:
+        """The windows at rows `indices` (B,).
+
+        Returns {'observation': {feature: (B, To, D) float32 or (B, To, h, w, 3) uint8}, 'action': (B, H, D) float32,
+        'valid': (B, H) bool}.
+        """
+        rows = np.asarray(indices, np.int64)
+        past = np.maximum(rows[:, None] + np.arange(1 - self.history, 1), self._first[rows][:, None])  # (B, To)
+        future = rows[:, None] + np.arange(self.horizon)                                              # (B, H)
+        last = self._last[rows][:, None]
+        observation = {name: values[past] for name, values in self.lowdim.items()}
+        for name in self.images:
+            distinct, place = np.unique(past, return_inverse=True)
+            frames = np.stack([self.dataset.image(self._episode[r], name, r - self._first[r]) for r in distinct])
+            observation[name] = frames[place.reshape(past.shape)]
+        return {'observation': observation, 'action': self.action[np.minimum(future, last)], 'valid': future <= last}

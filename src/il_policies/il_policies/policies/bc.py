@@ -1,0 +1,52 @@
+"""Behaviour cloning: one chunk per observation, by regression.
+
+The U-Net is Flow's without the flow time: it is fed a learned constant instead of noise, so that the two differ in nothing
+but the objective. The mean squared error asks for the mean of all demonstrated chunks, which may be none of them.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from il_policies.policies import Policy, PolicyError, PolicySpec, masked_mse
+from il_policies.policies.normalize import Normalizer
+from il_policies.policies.unet import UNet, UNetConfig
+
+
+@dataclass(frozen=True)
+class BCConfig:
+    """Behaviour cloning."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    """The network."""
+
+
+class BC(Policy):
+    """Predicts the chunk directly."""
+
+    kind = 'bc'
+
+    def __init__(self, spec: PolicySpec, config: BCConfig, normalizer: Normalizer):
+        super().__init__(spec, config, normalizer)
+        H, D = spec.horizon, len(spec.action_names)
+        try:
+            self.net = UNet(D, self.condition_size, H, config.unet, time=False)
+        except ValueError as error:
+            raise PolicyError(f'bc: {error}') from None
+        self.query = nn.Parameter(torch.randn(1, H, D))
+
+    def _chunk(self, observation: dict[str, Tensor]) -> Tensor:
+        """Normalised chunk (B, H, D)."""
+        condition = self.condition(observation)
+        return self.net(self.query.expand(len(condition), -1, -1), None, condition)
+
+    def loss(self, batch: dict) -> dict[str, Tensor]:
+        target = self.normalizer.normalize('action', batch['action'])
+        return {'loss': masked_mse(self._chunk(batch['observation']), target, batch['valid'])}
+
+    @torch.no_grad()
+    def predict(self, observation: dict[str, Tensor], noise: Tensor | None = None,
+                warm: tuple[Tensor, float] | None = None) -> Tensor:
+        return self.normalizer.unnormalize('action', self._chunk(observation))

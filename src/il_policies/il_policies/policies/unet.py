@@ -1,0 +1,168 @@
+"""1-D U-Net over the steps of a chunk, conditioned by FiLM.
+
+The network of Diffusion Policy (Chi et al., 2023, https://arxiv.org/abs/2303.04137). Laid out as (B, T, C) with each
+convolution as one matrix product over its taps: on a CPU a training step takes 0.55 to 0.7 of the time that torch's conv1d
+needs, which is slow for the few steps and many channels at the bottom of the U.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Size of the U-Net."""
+
+    down_dims: tuple[int, ...] = (32, 64, 128)
+    """Channels of each level; every level but the last halves the number of steps."""
+    blocks: int = 1
+    """Residual blocks per level, on the way down, at the bottom and on the way up (Diffusion Policy: 2)."""
+    kernel_size: int = 5
+    """Taps of the convolutions, odd [steps]."""
+    groups: int = 8
+    """Groups of the group normalisation; divides every number of channels."""
+    time_size: int = 64
+    """Length of the embedding of the flow time; even."""
+    activation: Literal['mish', 'silu'] = 'mish'
+    """Mish as published; SiLU is alike and costs a quarter of it on a CPU."""
+
+    def __post_init__(self):
+        if not self.down_dims or any(dim < 1 or dim % self.groups for dim in self.down_dims):
+            raise ValueError(f'down_dims {list(self.down_dims)} must be positive multiples of groups, {self.groups}')
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size is {self.kernel_size}, must be odd and positive')
+        if self.blocks < 1 or self.time_size < 4 or self.time_size % 2:
+            raise ValueError(f'blocks is {self.blocks}, must be at least 1; time_size is {self.time_size}, must be even, at least 4')
+
+    @property
+    def down_factor(self) -> int:
+        """The horizon must be a multiple of this."""
+        return 2 ** (len(self.down_dims) - 1)
+
+
+class TimeEmbedding(nn.Module):
+    """Flow time t in [0, 1] → (B, size).
+
+    t is scaled to [0, 1000] before the sinusoid, whose frequencies are made for integer diffusion steps: unscaled, nearly
+    all of them would be constant.
+    """
+
+    def __init__(self, size: int, activation: nn.Module):
+        super().__init__()
+        self.register_buffer('frequencies', torch.exp(torch.linspace(0.0, -math.log(10000.0), size // 2)), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(size, 4 * size), activation, nn.Linear(4 * size, size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = 1000.0 * t[:, None] * self.frequencies
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
+
+
+class Conv(nn.Module):
+    """1-D convolution (B, T, in) → (B, T // stride, out), zero-padded."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel_size: int, stride: int = 1):
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, stride
+        self.linear = nn.Linear(kernel_size * channels_in, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        T, pad = x.shape[1], self.kernel_size // 2
+        x = F.pad(x, (0, 0, pad, pad))
+        taps = torch.cat([x[:, i:i + T:self.stride] for i in range(self.kernel_size)], dim=-1)  # (B, T/s, k·in)
+        return self.linear(taps)
+
+
+class Upsample(nn.Module):
+    """(B, T, in) → (B, 2T, out): every step becomes two, each computed from three steps."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.conv = Conv(channels_in, 2 * channels_out, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        return self.conv(x).view(B, 2 * T, -1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation of (B, T, C) over steps and the channels of a group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # As (B, C, 1, T) this is torch's channels-last layout: no copy is made.
+        x = x.transpose(1, 2).unsqueeze(2)
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps).squeeze(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Two convolutions with the condition's scale and bias between them, and a residual path. (B, T, in) → (B, T, out)."""
+
+    def __init__(self, channels_in: int, channels_out: int, condition_size: int, config: UNetConfig, activation: nn.Module):
+        super().__init__()
+        self.conv1 = Conv(channels_in, channels_out, config.kernel_size)
+        self.norm1 = GroupNorm(config.groups, channels_out)
+        self.film = nn.Linear(condition_size, 2 * channels_out)
+        self.conv2 = Conv(channels_out, channels_out, config.kernel_size)
+        self.norm2 = GroupNorm(config.groups, channels_out)
+        self.residual = nn.Linear(channels_in, channels_out) if channels_in != channels_out else nn.Identity()
+        self.activation = activation
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = self.activation(self.norm1(self.conv1(x)))
+        scale, bias = self.film(condition).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, out) each
+        h = torch.addcmul(bias, h, 1.0 + scale)
+        return self.activation(self.norm2(self.conv2(h))) + self.residual(x)
+
+
+class UNet(nn.Module):
+    """x (B, H, D), t (B,) or None, condition (B, K) → (B, H, D)."""
+
+    def __init__(self, action_size: int, condition_size: int, horizon: int, config: UNetConfig, time: bool):
+        """Raises ValueError if the horizon cannot be halved as often as `config.down_dims` asks."""
+        super().__init__()
+        if horizon % config.down_factor:
+            below = horizon // config.down_factor * config.down_factor
+            raise ValueError(f'horizon is {horizon}; with {len(config.down_dims)} levels it must be a multiple of '
+                             f'{config.down_factor}, such as {below + config.down_factor}')
+        activation = nn.Mish() if config.activation == 'mish' else nn.SiLU()
+        self.activation = activation
+        self.time = TimeEmbedding(config.time_size, activation) if time else None
+        condition_size += config.time_size if time else 0
+        dims = config.down_dims
+
+        def level(channels_in: int, channels_out: int) -> nn.ModuleList:
+            return nn.ModuleList([Block(channels_in if i == 0 else channels_out, channels_out, condition_size, config, activation)
+                                  for i in range(config.blocks)])
+
+        self.down = nn.ModuleList([level(a, b) for a, b in zip((action_size, *dims[:-1]), dims)])
+        self.downsample = nn.ModuleList([Conv(dim, dim, 3, stride=2) for dim in dims[:-1]])
+        self.bottom = level(dims[-1], dims[-1])
+        self.upsample = nn.ModuleList([Upsample(below, dim) for below, dim in zip(dims[:0:-1], dims[-2::-1])])
+        self.up = nn.ModuleList([level(2 * dim, dim) for dim in dims[-2::-1]])
+        self.last = nn.Sequential(Conv(dims[0], dims[0], config.kernel_size), GroupNorm(config.groups, dims[0]), activation,
+                                  nn.Linear(dims[0], action_size))
+
+    def forward(self, x: Tensor, t: Tensor | None, condition: Tensor) -> Tensor:
+        if self.time is not None:
+            condition = torch.cat([self.time(t), condition], dim=-1)
+        condition = self.activation(condition)
+        skips = []
+        for i, blocks in enumerate(self.down):
+            for block in blocks:
+                x = block(x, condition)
+            if i < len(self.downsample):
+                skips.append(x)
+                x = self.downsample[i](x)
+        for block in self.bottom:
+            x = block(x, condition)
+        for upsample, blocks in zip(self.upsample, self.up):
+            x = upsample(x)
+            x = torch.cat([x, skips.pop()], dim=-1)
+            for block in blocks:
+                x = block(x, condition)
+        return self.last(x)

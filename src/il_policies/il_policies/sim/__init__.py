@@ -1,0 +1,1 @@
+"""Simulated tasks: physics, reward and scripted experts. No ROS, no torch."""

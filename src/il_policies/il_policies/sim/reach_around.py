@@ -1,0 +1,398 @@
+"""Reach around: an SO-101 brings its gripper to a goal behind a pillar, round its left or its right.
+
+Both ways are equally good and start alike, through a funnel in front of the pillar: whoever averages the demonstrations drives
+into the pillar. The arm is the URDF of `example-robot-data`; physics is MuJoCo with position servos.
+
+Lengths in [m], angles in [rad], times in [s]. The world frame is the arm's base: x forward, y left, z up, table at z = 0.
+"""
+from __future__ import annotations
+
+import ctypes.util
+import functools
+import importlib.metadata
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+if sys.platform == 'linux' and not os.environ.get('DISPLAY'):
+    # Chosen when mujoco is imported. Without libEGL the import itself would fail, even where nothing is rendered.
+    os.environ.setdefault('MUJOCO_GL', 'egl' if ctypes.util.find_library('EGL') else 'disable')
+
+import mujoco  # noqa: E402
+
+DESCRIPTION = 'package://example-robot-data/robots/so_arm_description/urdf/so101.urdf'
+JOINTS = ('shoulder_pan', 'shoulder_lift', 'elbow_flex', 'wrist_flex', 'wrist_roll', 'gripper')
+TIP = 'gripper_frame_link'
+
+PHYSICS_STEP = 0.004
+CONTROL_PERIOD = 0.02
+EPISODE_S = 6.0
+"""A goal reached later than this is not reached."""
+
+PILLAR = (0.212, 0.0)
+PILLAR_RADIUS = 0.025
+PILLAR_HEIGHT = 0.05
+"""Low enough for the forearm to pass over it, too high for the gripper."""
+TIP_HEIGHT = 0.03
+"""Height at which the tip travels, gripper down."""
+START_X, START_Y = (0.10, 0.115), (-0.02, 0.02)
+GOAL_X, GOAL_Y = (0.275, 0.285), (-0.03, 0.03)
+
+REACH_TOLERANCE = 0.015
+"""Largest horizontal distance from the tip to a reached goal."""
+REACH_HEIGHT = 0.06
+"""Largest height of the tip at a reached goal."""
+REST_SPEED = 0.03
+"""The tip rests below this speed [m/s]."""
+REST_S = 0.2
+"""How long the tip rests at a reached goal."""
+
+FUNNEL = (0.14, 0.0)
+"""Every demonstration passes here before it turns left or right."""
+DETOUR_Y = 0.08
+"""Distance at which a demonstration passes the middle of the pillar."""
+MOVE_S = 2.0
+HOLD_S = 0.7
+
+SERVO = {'kp': 17.8, 'damping': 0.6, 'armature': 0.028, 'frictionloss': 0.052, 'force': 3.35}
+"""An STS3215 servo at its usual gain: [N·m/rad], [N·m·s/rad], [kg·m²], [N·m], [N·m]."""
+
+CAMERA = 'front'
+
+
+class SceneError(ValueError):
+    """A scene or a description that cannot be simulated; the message says what was received and what is valid."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One start and one goal."""
+
+    start: tuple[float, float] = (0.107, 0.0)
+    """Where the tip starts: x, y [m]."""
+    goal: tuple[float, float] = (0.28, 0.0)
+    """Where the tip shall go: x, y [m]."""
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """A scene drawn uniformly from the start and goal areas."""
+    return Scene(start=(rng.uniform(*START_X), rng.uniform(*START_Y)), goal=(rng.uniform(*GOAL_X), rng.uniform(*GOAL_Y)))
+
+
+def resolve(uri: str) -> Path:
+    """The file a ``package://<package>/<path>`` URI names.
+
+    Looks in the share folders of `AMENT_PREFIX_PATH` (hyphens and underscores in the package's name are the same), then in the
+    Python distribution of that name. Raises SceneError.
+    """
+    match = re.fullmatch(r'package://([^/]+)/(.+)', uri)
+    if not match:
+        raise SceneError(f'description is {uri!r}, must be package://<package>/<path>')
+    package, path = match.groups()
+    names = dict.fromkeys((package, package.replace('-', '_'), package.replace('_', '-')))
+    prefixes = [Path(prefix) for prefix in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep) if prefix]
+    try:
+        # Wheels made with cmeel carry an install prefix of their own.
+        prefixes.append(Path(importlib.metadata.distribution(package).locate_file('cmeel.prefix')))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    for prefix in prefixes:
+        for name in names:
+            if (found := prefix / 'share' / name / path).is_file():
+                return found
+    raise SceneError(f'{uri}: not found; install it with "pip install example-robot-data" or source a ROS 2 workspace that has '
+                     f'{package}')
+
+
+@functools.lru_cache(maxsize=1)
+def build_model() -> mujoco.MjModel:
+    """The arm on its table with pillar, goal marker and camera; shared by all simulations of a process.
+
+    The arm collides with table and pillar, not with itself.
+    """
+    urdf = resolve(DESCRIPTION)
+    package, path = re.fullmatch(r'package://([^/]+)/(.+)', DESCRIPTION).groups()
+    share = str(urdf)[:-len(path)]
+    text = urdf.read_text().replace(f'package://{package}/', share)
+    # Static links stay bodies of their own, so that the tip keeps its name.
+    text = re.sub(r'<robot [^>]*>', r'\g<0><mujoco><compiler strippath="false" discardvisual="false" fusestatic="false"/></mujoco>',
+                  text, count=1)
+    spec = mujoco.MjSpec.from_string(text)
+    spec.option.timestep = PHYSICS_STEP
+    spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    spec.option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
+
+    files = {mesh.name: mesh.file for mesh in spec.meshes}
+    shown = {name: f'{name}_shown' for name in files}
+    for name, file in files.items():
+        vertices, faces = simplified_stl(Path(file), cell=0.004)
+        spec.add_mesh(name=shown[name], uservert=vertices.ravel(), userface=faces.ravel())
+    for geom in spec.geoms:
+        if geom.contype:  # collision shapes, the original meshes' convex hulls
+            geom.contype, geom.conaffinity, geom.group = 1, 0, 3  # group 3 is not drawn
+        else:
+            geom.meshname = shown[geom.meshname]
+    for name in JOINTS:
+        joint = next(joint for joint in spec.joints if joint.name == name)
+        spec.add_actuator(
+            name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT,
+            gaintype=mujoco.mjtGain.mjGAIN_FIXED, gainprm=[SERVO['kp']] + [0.0] * 9,
+            biastype=mujoco.mjtBias.mjBIAS_AFFINE, biasprm=[0.0, -SERVO['kp']] + [0.0] * 8,
+            ctrllimited=True, ctrlrange=joint.range, forcelimited=True, forcerange=[-SERVO['force'], SERVO['force']])
+
+    world, shape = spec.worldbody, mujoco.mjtGeom
+    obstacle, ghost = {'contype': 0, 'conaffinity': 1}, {'contype': 0, 'conaffinity': 0}
+    world.add_geom(name='table', type=shape.mjGEOM_PLANE, size=[1.5, 1.5, 0.1], rgba=[0.86, 0.87, 0.88, 1], **obstacle)
+    world.add_geom(name='pillar', type=shape.mjGEOM_CYLINDER, pos=[*PILLAR, PILLAR_HEIGHT / 2],
+                   size=[PILLAR_RADIUS, PILLAR_HEIGHT / 2, 0], rgba=[0.80, 0.24, 0.20, 1], **obstacle)
+    goal = world.add_body(name='goal', mocap=True)
+    goal.add_geom(type=shape.mjGEOM_CYLINDER, pos=[0, 0, 0.001], size=[REACH_TOLERANCE, 0.001, 0], rgba=[0.10, 0.62, 0.35, 1], **ghost)
+    add_camera(world, CAMERA, position=(0.62, -0.24, 0.36), target=(0.125, 0.0, 0.075), fovy=34)
+    world.add_light(pos=[0.4, 0.4, 1.2], dir=[-0.25, -0.3, -1], diffuse=[0.5, 0.5, 0.5], specular=[0.1, 0.1, 0.1], castshadow=False)
+    spec.visual.headlight.ambient = [0.35, 0.35, 0.35]
+    spec.visual.headlight.diffuse = [0.35, 0.35, 0.35]
+    spec.visual.quality.offsamples = 0  # multisampling makes software rendering several times slower
+
+    model = spec.compile()
+    for i in (model.joint(name).dofadr[0] for name in JOINTS):
+        model.dof_damping[i] = SERVO['damping']
+        model.dof_armature[i] = SERVO['armature']
+        model.dof_frictionloss[i] = SERVO['frictionloss']
+    return model
+
+
+def simplified_stl(path: Path, cell: float) -> tuple[np.ndarray, np.ndarray]:
+    """A binary STL with the vertices of each cubic cell of that size [m] merged: vertices (V, 3) float32, faces (F, 3) int32.
+
+    The arm's 400,000 triangles take 50 ms to draw without a GPU; what is left of them is looked at, never collided with.
+    """
+    record = np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)), ('attribute', '<u2')])
+    corners = np.frombuffer(path.read_bytes(), record, offset=84)['corners'].reshape(-1, 3)
+    _, index, count = np.unique(np.round(corners / cell).astype(int), axis=0, return_inverse=True, return_counts=True)
+    index = index.reshape(-1)
+    vertices = np.stack([np.bincount(index, column) / count for column in corners.T], axis=1)  # mean of each cell
+    faces = index.reshape(-1, 3)
+    faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
+    _, first = np.unique(np.sort(faces, axis=1), axis=0, return_index=True)
+    return vertices.astype(np.float32), faces[first].astype(np.int32)
+
+
+def add_camera(body, name: str, position, target, fovy: float) -> None:
+    """A camera at `position` that looks at `target`, upright; vertical field of view in [deg]."""
+    backwards = np.subtract(position, target) / np.linalg.norm(np.subtract(position, target))
+    right = np.cross([0.0, 0.0, 1.0], backwards)
+    right /= np.linalg.norm(right)
+    quaternion = np.zeros(4)
+    mujoco.mju_mat2Quat(quaternion, np.column_stack([right, np.cross(backwards, right), backwards]).ravel())
+    body.add_camera(name=name, pos=position, quat=quaternion, fovy=fovy)
+
+
+class ReachAround:
+    """One simulated arm with its task. Deterministic: the same scene and commands give the same motion."""
+
+    def __init__(self, camera: bool = True):
+        """With `camera`, fails at once with SceneError where nothing can be rendered, instead of at the first image."""
+        self.model = build_model()
+        self.data = mujoco.MjData(self.model)
+        self._qpos = np.array([self.model.joint(name).qposadr[0] for name in JOINTS])
+        self._qvel = np.array([self.model.joint(name).dofadr[0] for name in JOINTS])
+        self._ctrl = np.array([self.model.actuator(name).id for name in JOINTS])
+        self._tip = self.model.body(TIP).id
+        self._pillar = self.model.geom('pillar').id
+        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
+        self._posed: mujoco.MjData | None = None
+        if camera and os.environ.get('MUJOCO_GL') == 'disable':
+            raise SceneError('images cannot be rendered without libEGL: "apt install libegl1 libgl1", or run without the camera')
+        self.reset(Scene())
+
+    def reset(self, scene: Scene) -> None:
+        """Put the arm to rest at the scene's start, commanded to stay there. Raises SceneError if the start is out of reach."""
+        positions = inverse_kinematics(np.array([[*scene.start, TIP_HEIGHT]]))[0]
+        if not np.isfinite(scene.goal).all():
+            raise SceneError(f'goal is {tuple(scene.goal)}, must be finite')
+        mujoco.mj_resetData(self.model, self.data)
+        self.scene = scene
+        self.touched = False
+        self.reached = False
+        self._rested = 0.0
+        self.data.qpos[self._qpos] = positions
+        self.data.ctrl[self._ctrl] = positions
+        self.data.mocap_pos[0] = (*scene.goal, 0.0)
+        self._update()
+
+    def command(self, positions) -> None:
+        """Set the servos' targets. Shape (6,). Raises ValueError unless finite."""
+        positions = np.asarray(positions, dtype=float)
+        if positions.shape != (len(JOINTS),) or not np.isfinite(positions).all():
+            raise ValueError(f'command is {positions}, must be {len(JOINTS)} finite positions')
+        self.data.ctrl[self._ctrl] = positions
+
+    def step(self, command) -> None:
+        """Command shape (6,), then advance by one control period."""
+        self.command(command)
+        self.advance(round(CONTROL_PERIOD / PHYSICS_STEP))
+
+    def advance(self, steps: int = 1) -> None:
+        """Advance by physics steps towards the last command."""
+        for _ in range(steps):
+            before = self.tip
+            mujoco.mj_step2(self.model, self.data)
+            self._update()
+            speed = np.linalg.norm(self.tip - before) / PHYSICS_STEP
+            away = np.hypot(*(self.tip[:2] - self.scene.goal))
+            if away < REACH_TOLERANCE and 0.0 < self.tip[2] < REACH_HEIGHT and speed < REST_SPEED:
+                self._rested += PHYSICS_STEP
+            else:
+                self._rested = 0.0
+            self.reached |= self._rested >= REST_S and self.time <= EPISODE_S
+
+    def _update(self) -> None:
+        # Second halves of a step come first in `advance`, so that poses and contacts are always those of the current positions.
+        mujoco.mj_step1(self.model, self.data)
+        self.touched |= bool((self.data.contact.geom == self._pillar).any())
+
+    @property
+    def time(self) -> float:
+        """Time since the reset [s]."""
+        return self.data.time
+
+    @property
+    def joint_positions(self) -> np.ndarray:
+        """Measured positions [rad]. Shape (6,), order of JOINTS."""
+        return self.data.qpos[self._qpos]
+
+    @property
+    def joint_velocities(self) -> np.ndarray:
+        """Measured velocities [rad/s]. Shape (6,)."""
+        return self.data.qvel[self._qvel]
+
+    @property
+    def commanded(self) -> np.ndarray:
+        """The servos' targets [rad]. Shape (6,)."""
+        return self.data.ctrl[self._ctrl]
+
+    @property
+    def tip(self) -> np.ndarray:
+        """Position of the tip [m]. Shape (3,)."""
+        return self.data.xpos[self._tip].copy()
+
+    @property
+    def done(self) -> bool:
+        """Reached, touched, or out of time."""
+        return self.reached or self.touched or self.time >= EPISODE_S
+
+    def observation(self) -> dict[str, np.ndarray]:
+        """joint_positions (6,) [rad] and goal (2,) [m]."""
+        return {'joint_positions': self.joint_positions, 'goal': np.array(self.scene.goal)}
+
+    def render(self, size: tuple[int, int]) -> np.ndarray:
+        """The camera's image now. `size` is (height, width) [px]; returns (height, width, 3) uint8, RGB."""
+        return self._render(self.data, size)
+
+    def render_pose(self, positions, goal: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+        """The camera's image of any pose and goal, without touching the simulation; for replays. Positions shape (6,)."""
+        if self._posed is None:
+            self._posed = mujoco.MjData(self.model)
+        self._posed.qpos[self._qpos] = positions
+        self._posed.mocap_pos[0] = (*goal, 0.0)
+        mujoco.mj_kinematics(self.model, self._posed)
+        mujoco.mj_camlight(self.model, self._posed)
+        return self._render(self._posed, size)
+
+    def _render(self, data: mujoco.MjData, size: tuple[int, int]) -> np.ndarray:
+        # Created on first use: an OpenGL context belongs to the thread that draws.
+        if size not in self._renderers:
+            try:
+                renderer = mujoco.Renderer(self.model, *size)
+            except Exception as error:
+                raise SceneError(f'images of {size} cannot be rendered (MUJOCO_GL={os.environ.get("MUJOCO_GL", "")}): '
+                                 f'{" ".join(str(error).split())}') from error
+            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                renderer.scene.flags[flag] = False
+            self._renderers[size] = renderer
+        renderer = self._renderers[size]
+        renderer.update_scene(data, camera=CAMERA)
+        return renderer.render()
+
+    def close(self) -> None:
+        """Free the renderers."""
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
+
+
+def inverse_kinematics(tips: np.ndarray, gripper: float = 0.0) -> np.ndarray:
+    """Joint positions with the tip at each of `tips` (N, 3) [m], gripper down, wrist not rolled. Shape (N, 6).
+
+    Damped least squares, each solution the next one's start. Raises SceneError where a tip is out of reach.
+    """
+    model, data = build_model(), mujoco.MjData(build_model())
+    qpos = np.array([model.joint(name).qposadr[0] for name in JOINTS])
+    moving = np.array([model.joint(name).dofadr[0] for name in JOINTS[:4]])
+    tip = model.body(TIP).id
+    low, high = model.jnt_range[[model.joint(name).id for name in JOINTS]].T
+    q = np.array([0.0, -0.5, 0.5, 1.5, 0.0, gripper])
+    jacobian_position, jacobian_rotation = np.zeros((3, model.nv)), np.zeros((3, model.nv))
+    solutions = []
+    for target in np.asarray(tips, dtype=float):
+        for _ in range(100):
+            data.qpos[qpos] = q
+            mujoco.mj_kinematics(model, data)
+            mujoco.mj_comPos(model, data)
+            # The tip's z axis is the gripper's direction; turning it onto straight down is a rotation about their cross product.
+            turn = np.cross(data.xmat[tip].reshape(3, 3)[:, 2], [0.0, 0.0, -1.0])
+            error = np.concatenate([target - data.xpos[tip], 0.1 * turn])  # 0.1 m per rad makes both comparable
+            if not np.isfinite(error).all() or np.abs(error).max() < 1e-6:
+                break
+            mujoco.mj_jacBody(model, data, jacobian_position, jacobian_rotation, tip)
+            J = np.concatenate([jacobian_position, 0.1 * jacobian_rotation])[:, moving]  # (6, 4)
+            q[:4] += np.clip(np.linalg.solve(J.T @ J + 1e-6 * np.eye(4), J.T @ error), -0.2, 0.2)
+            q = np.clip(q, low, high)
+        if not np.abs(error).max() < 1e-4:
+            raise SceneError(f'no pose with the gripper down at {tuple(np.round(target, 4).tolist())} [m]')
+        solutions.append(q.copy())
+    return np.array(solutions)
+
+
+def minimum_jerk(u: np.ndarray) -> np.ndarray:
+    """0 to 1 with velocity and acceleration zero at both ends, for u in [0, 1]."""
+    return u**3 * (10 - 15 * u + 6 * u**2)
+
+
+def expert(scene: Scene, side: int, noise: float = 0.0, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Joint targets at 50 Hz from the start through the funnel, round the pillar, to the goal, and a rest there. Shape (N, 6).
+
+    side: +1 passes the pillar on its left (y > 0), -1 on its right.
+    noise: size of a smooth random deviation from the path [m], zero at both ends; `rng` draws it. Give both sides of a scene
+        the same draw, or the way to the funnel tells them apart.
+    """
+    if side not in (-1, 1):
+        raise ValueError(f'side is {side}, valid: +1 (left), -1 (right)')
+    # Via points and the path's direction there, as a vector per unit of the path's parameter. Shape (4, 2).
+    points = np.array([scene.start, FUNNEL, (PILLAR[0], side * DETOUR_Y), scene.goal])
+    lengths = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    knots = np.concatenate([[0.0], np.cumsum(lengths)])
+    forward = np.array([1.0, 0.0])
+    tangents = np.array([(points[1] - points[0]) / lengths[0], forward, forward, (points[3] - points[2]) / lengths[2]])
+
+    times = np.arange(round((MOVE_S + HOLD_S) / CONTROL_PERIOD) + 1) * CONTROL_PERIOD
+    s = minimum_jerk(np.clip(times / MOVE_S, 0.0, 1.0))  # (N,) part of the way
+    along = s * knots[-1]
+    k = np.clip(np.searchsorted(knots, along, side='right') - 1, 0, 2)
+    u = ((along - knots[k]) / lengths[k])[:, None]
+    # Quintic Hermite pieces without curvature at the via points: velocity and acceleration are continuous.
+    blend = minimum_jerk(u)
+    leave, arrive = u - u**3 * (6 - 8 * u + 3 * u**2), -u**3 * (4 - 7 * u + 3 * u**2)
+    xy = (points[k] * (1 - blend) + points[k + 1] * blend
+          + lengths[k, None] * (tangents[k] * leave + tangents[k + 1] * arrive))
+
+    if noise:
+        rng = np.random.default_rng() if rng is None else rng
+        waves = np.arange(1, 5)
+        amplitudes = rng.normal(size=(len(waves), 2)) / np.sqrt(len(waves))
+        xy = xy + noise * np.sin(np.pi * s)[:, None] * (np.sin(np.pi * np.outer(s, waves)) @ amplitudes)
+    return inverse_kinematics(np.column_stack([xy, np.full(len(xy), TIP_HEIGHT)]))

@@ -1,0 +1,85 @@
+"""What the nodes share: parameters with descriptions, QoS, stamps, and a main that ends in order."""
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+import rclpy
+from builtin_interfaces.msg import Time
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.duration import Duration
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import TransitionCallbackReturn
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+
+STATUS_QOS = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL, reliability=ReliabilityPolicy.RELIABLE)
+
+
+def chunk_qos(length: float | None = None) -> QoSProfile:
+    """QoS of action chunks; a publisher gives the chunk's length [s], after which the middleware drops it."""
+    qos = QoSProfile(depth=8, durability=DurabilityPolicy.VOLATILE, reliability=ReliabilityPolicy.RELIABLE)
+    if length is not None:
+        qos.lifespan = Duration(seconds=length)
+    return qos
+
+
+def declare(node, name: str, default, description: str, low=None, high=None, read_only: bool = True):
+    """Declare a parameter that explains itself, and return its value; low and high bound numbers, both included."""
+    descriptor = ParameterDescriptor(description=description, read_only=read_only)
+    if isinstance(default, bool) or low is None:
+        pass
+    elif isinstance(default, int):
+        descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=0)]
+    else:
+        descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high), step=0.0)]
+    return node.declare_parameter(name, default, descriptor).value
+
+
+def nanoseconds(stamp: Time) -> int:
+    """A stamp in nanoseconds."""
+    return stamp.sec * 1_000_000_000 + stamp.nanosec
+
+
+def to_stamp(time: int) -> Time:
+    """Nanoseconds as a stamp."""
+    return Time(sec=time // 1_000_000_000, nanosec=time % 1_000_000_000)
+
+
+def start(node) -> None:
+    """Configure and activate a lifecycle node that is its own manager. Raises ValueError if either fails."""
+    for transition in (node.trigger_configure, node.trigger_activate):
+        if transition() != TransitionCallbackReturn.SUCCESS:
+            raise ValueError(f'{node.get_name()} could not start, see above')
+
+
+def run(make_node: Callable[[], rclpy.node.Node]) -> None:
+    """Main of a node: spin until Ctrl-C or SIGTERM, let the node finish in order (`node.finish(spin_once)`), exit 0.
+
+    A node that cannot start says so in one line and exits with 2.
+    """
+    asked = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.append(True))
+    # rclpy's own handlers would tear the context down before the last commands are out.
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        node = make_node()
+    except (ValueError, OSError, rclpy.exceptions.ParameterException) as error:
+        print(f'{sys.argv[0].rsplit("/", 1)[-1]}: {error}', file=sys.stderr)
+        rclpy.shutdown()
+        sys.exit(2)
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    try:
+        while not asked:
+            executor.spin_once(timeout_sec=0.1)
+        if hasattr(node, 'finish'):
+            node.finish(lambda: executor.spin_once(timeout_sec=0.02))
+    except ExternalShutdownException:
+        pass
+    finally:
+        executor.shutdown()
+        node.destroy_node()
+        rclpy.try_shutdown()
