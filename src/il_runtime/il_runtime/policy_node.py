@@ -9,14 +9,13 @@ from builtin_interfaces.msg import Duration
 from il_msgs.msg import ActionChunk, ControllerStatus
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.qos import qos_profile_sensor_data
-from rosidl_runtime_py.utilities import get_message
 
 from il_policies import checkpoint
 from il_policies.contract import Contract, load_contract
 from il_policies.data.align import buffers, observation_at
 from il_policies.data.decode import DecodeError, decode, stamp_of
 from il_policies.planner import NOISES, Planner
-from il_runtime.ros import STATUS_QOS, chunk_qos, declare, run, start, to_stamp
+from il_runtime.ros import STATUS_QOS, chunk_qos, declare, message_class, run, start, to_stamp
 
 FOLLOWING = (ControllerStatus.HOLD, ControllerStatus.POLICY)
 
@@ -48,6 +47,7 @@ class PolicyNode(LifecycleNode):
             if mismatches:
                 raise ValueError(f'{value["checkpoint"]} was trained for another robot: ' + '; '.join(mismatches))
             self.planner = Planner(self.policy, value['noise'], value['tau'], value['seed'])
+            classes = {name: message_class(self.contract.observations[name]) for name in self.policy.spec.features}
         except ValueError as error:
             self.get_logger().error(str(error))
             return TransitionCallbackReturn.FAILURE
@@ -62,7 +62,7 @@ class PolicyNode(LifecycleNode):
         self.chunks = self.create_publisher(ActionChunk, 'chunks', chunk_qos(spec.horizon * spec.step_period))
         self.create_subscription(ControllerStatus, 'controller/status', self._on_status, STATUS_QOS)
         for name, buffer in self.streams.items():
-            self.create_subscription(get_message(buffer.stream.type), buffer.stream.topic,
+            self.create_subscription(classes[name], buffer.stream.topic,
                                      lambda message, info, name=name: self._on_sample(name, message, info),
                                      qos_profile_sensor_data)
         # The first pass through a network is the slowest; it must not be the first of an episode.

@@ -7,14 +7,33 @@ from collections.abc import Callable
 
 import rclpy
 from builtin_interfaces.msg import Time
+from geometry_msgs.msg import PointStamped, PoseStamped, TwistStamped, WrenchStamped
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import CompressedImage, Image, Imu, JointState, Range
+
+from il_policies.contract import Stream
+
+MESSAGE_TYPES = {
+    'geometry_msgs/msg/PointStamped': PointStamped, 'geometry_msgs/msg/PoseStamped': PoseStamped,
+    'geometry_msgs/msg/TwistStamped': TwistStamped, 'geometry_msgs/msg/WrenchStamped': WrenchStamped,
+    'sensor_msgs/msg/CompressedImage': CompressedImage, 'sensor_msgs/msg/Image': Image,
+    'sensor_msgs/msg/Imu': Imu, 'sensor_msgs/msg/JointState': JointState, 'sensor_msgs/msg/Range': Range,
+}
+"""What a contract's observation streams may carry: a table, because a file must not name code to import."""
 
 STATUS_QOS = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL, reliability=ReliabilityPolicy.RELIABLE)
+
+
+def message_class(stream: Stream):
+    """The message class of a stream. Raises ValueError for types that are not supported."""
+    if stream.type not in MESSAGE_TYPES:
+        raise ValueError(f'{stream.topic}: type {stream.type!r} is not supported; valid: {", ".join(MESSAGE_TYPES)}')
+    return MESSAGE_TYPES[stream.type]
 
 
 def chunk_qos(length: float | None = None) -> QoSProfile:

@@ -28,6 +28,9 @@ KEYPOINTS = np.array([
     (9.269, 90.023), (-60.992, -1.187), (60.907, -1.393), (-0.270, 25.544), (-14.064, 122.811),
     (39.000, 32.861), (-39.955, 32.734), (-16.822, 62.872), (23.541, -1.700)])
 
+FEATURES = {'pose': (6,), 'keypoints': (18,)}
+"""Shapes of what `PushT.observation` gives."""
+
 
 def legacy_start(seed: int) -> np.ndarray:
     """Start of the protocol: agent x, y, block x, y [px], angle [rad], from NumPy's old generator as in Diffusion Policy."""

@@ -55,8 +55,10 @@ FUNNEL = (0.14, 0.0)
 """Every demonstration passes here before it turns left or right."""
 DETOUR_Y = 0.08
 """Distance at which a demonstration passes the middle of the pillar."""
-MOVE_S = 2.0
+MOVE_S = 2.6
 HOLD_S = 0.7
+GRIPPER = -0.15
+"""Closed all but a little: the moving jaw opens forwards, towards the pillar."""
 
 SERVO = {'kp': 17.8, 'damping': 0.6, 'armature': 0.028, 'frictionloss': 0.052, 'force': 3.35}
 """An STS3215 servo at its usual gain: [N·m/rad], [N·m·s/rad], [kg·m²], [N·m], [N·m]."""
@@ -151,7 +153,7 @@ def build_model() -> mujoco.MjModel:
                    size=[PILLAR_RADIUS, PILLAR_HEIGHT / 2, 0], rgba=[0.80, 0.24, 0.20, 1], **obstacle)
     goal = world.add_body(name='goal', mocap=True)
     goal.add_geom(type=shape.mjGEOM_CYLINDER, pos=[0, 0, 0.001], size=[REACH_TOLERANCE, 0.001, 0], rgba=[0.10, 0.62, 0.35, 1], **ghost)
-    add_camera(world, CAMERA, position=(0.62, -0.24, 0.36), target=(0.125, 0.0, 0.075), fovy=34)
+    add_camera(world, CAMERA, position=(0.62, -0.24, 0.36), target=(0.125, 0.0, 0.09), fovy=36)
     world.add_light(pos=[0.4, 0.4, 1.2], dir=[-0.25, -0.3, -1], diffuse=[0.5, 0.5, 0.5], specular=[0.1, 0.1, 0.1], castshadow=False)
     spec.visual.headlight.ambient = [0.35, 0.35, 0.35]
     spec.visual.headlight.diffuse = [0.35, 0.35, 0.35]
@@ -325,7 +327,7 @@ class ReachAround:
         self._renderers.clear()
 
 
-def inverse_kinematics(tips: np.ndarray, gripper: float = 0.0) -> np.ndarray:
+def inverse_kinematics(tips: np.ndarray, gripper: float = GRIPPER) -> np.ndarray:
     """Joint positions with the tip at each of `tips` (N, 3) [m], gripper down, wrist not rolled. Shape (N, 6).
 
     Damped least squares, each solution the next one's start. Raises SceneError where a tip is out of reach.
@@ -346,7 +348,7 @@ def inverse_kinematics(tips: np.ndarray, gripper: float = 0.0) -> np.ndarray:
             # The tip's z axis is the gripper's direction; turning it onto straight down is a rotation about their cross product.
             turn = np.cross(data.xmat[tip].reshape(3, 3)[:, 2], [0.0, 0.0, -1.0])
             error = np.concatenate([target - data.xpos[tip], 0.1 * turn])  # 0.1 m per rad makes both comparable
-            if not np.isfinite(error).all() or np.abs(error).max() < 1e-6:
+            if not np.isfinite(error).all() or np.abs(error).max() < 1e-5:
                 break
             mujoco.mj_jacBody(model, data, jacobian_position, jacobian_rotation, tip)
             J = np.concatenate([jacobian_position, 0.1 * jacobian_rotation])[:, moving]  # (6, 4)
@@ -372,12 +374,12 @@ def expert(scene: Scene, side: int, noise: float = 0.0, rng: np.random.Generator
     """
     if side not in (-1, 1):
         raise ValueError(f'side is {side}, valid: +1 (left), -1 (right)')
-    # Via points and the path's direction there, as a vector per unit of the path's parameter. Shape (4, 2).
-    points = np.array([scene.start, FUNNEL, (PILLAR[0], side * DETOUR_Y), scene.goal])
+    # Via points, and direction times relative speed there. The funnel is left slowly and straight ahead, whatever the side; the
+    # goal is approached from the side. So the gripper stays 12 mm clear of the pillar and the joints at 80 % of their limits.
+    points = np.array([scene.start, FUNNEL, (PILLAR[0], side * DETOUR_Y), scene.goal])  # (4, 2)
     lengths = np.linalg.norm(np.diff(points, axis=0), axis=1)
     knots = np.concatenate([[0.0], np.cumsum(lengths)])
-    forward = np.array([1.0, 0.0])
-    tangents = np.array([(points[1] - points[0]) / lengths[0], forward, forward, (points[3] - points[2]) / lengths[2]])
+    tangents = np.array([(points[1] - points[0]) / lengths[0], (0.3, 0.0), (1.0, 0.0), (0.0, -0.6 * side)])  # (4, 2)
 
     times = np.arange(round((MOVE_S + HOLD_S) / CONTROL_PERIOD) + 1) * CONTROL_PERIOD
     s = minimum_jerk(np.clip(times / MOVE_S, 0.0, 1.0))  # (N,) part of the way

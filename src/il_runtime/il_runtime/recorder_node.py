@@ -1,0 +1,197 @@
+"""Recorder: one rosbag2 bag (mcap) an episode, holding what the contract names, the commands, and what the system did.
+
+Messages are written as they arrive, serialised, without being decoded. Stamps in the bag: with a real clock the middleware's
+receive and source stamps; with use_sim_time both are the simulated time of arrival, since the source stamp is wall time and
+a bag must have one clock.
+"""
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+from ament_index_python.packages import PackageNotFoundError, get_package_share_directory
+from il_msgs.msg import ActionChunk, ControllerStatus, TaskStatus
+from il_msgs.srv import StartEpisode, StopEpisode
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rosidl_runtime_py.utilities import get_message
+from sensor_msgs.msg import JointState
+
+from il_policies.contract import ContractError, load_contract
+from il_policies.data.bag import BagError, BagWriter, add_definitions, standard_types
+from il_runtime.ros import STATUS_QOS, chunk_qos, declare, run
+
+DEPTH = 100
+"""Messages that may wait while the disk is busy."""
+
+
+class RecorderNode(Node):
+    """Subscribes to everything at start, so that a silent stream is known before an episode begins."""
+
+    def __init__(self):
+        """Raises ContractError or BagError for what cannot be recorded, OSError for an unusable folder."""
+        super().__init__('recorder')
+        contract = declare(self, 'contract', '', "the robot's contract, a YAML file")
+        output = declare(self, 'output', 'bags', 'folder in which each episode becomes a bag')
+        self.contract = load_contract(contract)
+        self.output = Path(output).expanduser().absolute()
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.sim_time = self.get_parameter('use_sim_time').value
+        self.writer: BagWriter | None = None
+        self.task = ''
+        self.failure = ''
+
+        # Best effort is compatible with every publisher of a sensor; commands must not be lost.
+        sensor = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.BEST_EFFORT)
+        command = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.RELIABLE)
+        self.types = standard_types()
+        self.topics: dict[str, str] = {}  # resolved topic → type
+        self.last_seen: dict[str, float] = {}  # resolved topic → monotonic [s]; the simulated clock may stand still
+        for stream in self.contract.observations.values():
+            self._subscribe(stream.topic, _message_class(stream.type), sensor)
+        self._subscribe(self.contract.action.topic, JointState, command)
+        self._subscribe('task_status', TaskStatus, command)
+        self._subscribe('controller/status', ControllerStatus, STATUS_QOS)
+        self._subscribe('chunks', ActionChunk, chunk_qos())
+        self.create_service(StartEpisode, '~/start_episode', self._on_start)
+        self.create_service(StopEpisode, '~/stop_episode', self._on_stop)
+        self.get_logger().info(f'{self.contract.robot}: recording to {self.output} on request')
+
+    def _subscribe(self, name: str, message_class, qos: QoSProfile) -> None:
+        topic = self.resolve_topic_name(name)
+        if topic in self.topics:
+            return  # two features of one topic
+        self.topics[topic] = _type_name(message_class)
+        add_definitions(self.types, self.topics[topic], _definitions)
+
+        def on_message(data: bytes, info: dict) -> None:
+            self._on_message(topic, data, info)
+
+        self.create_subscription(message_class, topic, on_message, qos, raw=True)
+
+    def _on_message(self, topic: str, data: bytes, info: dict) -> None:
+        self.last_seen[topic] = time.monotonic()
+        if self.writer is None:
+            return
+        if self.sim_time:
+            received = published = self.get_clock().now().nanoseconds
+        else:
+            received = info['received_timestamp'] or self.get_clock().now().nanoseconds
+            published = info['source_timestamp'] or received
+        try:
+            self.writer.write(topic, data, received, published)
+        except OSError as error:
+            self.failure = f'recording stopped, {self.writer.part} is incomplete: {error.strerror}'
+            self.get_logger().error(self.failure)
+            self.writer = None
+
+    def _on_start(self, request: StartEpisode.Request, response: StartEpisode.Response) -> StartEpisode.Response:
+        response.message = self._refusal(request.name)
+        if response.message:
+            return response
+        name = request.name
+        if not name:
+            taken = [int(found[1]) for path in self.output.iterdir() if (found := re.match(r'episode_(\d+)', path.name))]
+            name = f'episode_{max(taken, default=-1) + 1:06d}'
+        try:
+            writer = BagWriter(self.output / name, self.types)
+            for topic, type_name in self.topics.items():
+                writer.add_topic(topic, type_name, [_profile(info.qos_profile) for info in self.get_publishers_info_by_topic(topic)])
+        except (BagError, OSError) as error:
+            response.message = str(error)
+            return response
+        self.writer, self.task, self.failure = writer, request.task, ''
+        response.success, response.path = True, str(writer.path)
+        return response
+
+    def _refusal(self, name: str) -> str:
+        """Why an episode of this name cannot begin now; empty if it can."""
+        if self.writer is not None:
+            return f'{self.writer.path.name} is being recorded; stop it first'
+        if name and not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*', name) or name.endswith('.part'):
+            return f'{name!r} is no name for a bag; valid: letters, digits, _ . -'
+        if self.sim_time and not self.get_clock().now().nanoseconds:
+            return 'use_sim_time is set, but nothing was received on /clock'
+        silent = []
+        for stream in self.contract.observations.values():
+            topic = self.resolve_topic_name(stream.topic)
+            age = time.monotonic() - self.last_seen.get(topic, float('-inf'))
+            if age > max(2.0, 3.0 / stream.rate):
+                silent.append(f'{topic} ({"never seen" if age == float("inf") else f"last seen {age:.1f} s ago"}, '
+                              f'{self.count_publishers(topic)} publishers)')
+        return f'silent: {", ".join(silent)}' if silent else ''
+
+    def _on_stop(self, request: StopEpisode.Request, response: StopEpisode.Response) -> StopEpisode.Response:
+        if self.writer is None:
+            response.message = self.failure or 'nothing is being recorded'
+            return response
+        response.path = str(self.writer.path)
+        try:
+            if request.discard:
+                self.writer.discard()
+                response.message = 'discarded'
+            else:
+                counts = self.writer.counts
+                self._close('true' if request.task_succeeded else 'false', interrupted=False)
+                response.message = f'{sum(counts.values())} messages'
+            response.success = True
+        except OSError as error:
+            response.message = f'{self.writer.part} is incomplete: {error.strerror}'
+        self.writer = None
+        return response
+
+    def _close(self, success: str, interrupted: bool) -> None:
+        self.writer.close({
+            'robot': self.contract.robot, 'contract_hash': self.contract.hash, 'task': self.task, 'success': success,
+            'interrupted': 'true' if interrupted else 'false',
+            'topics': json.dumps({stream.topic: self.resolve_topic_name(stream.topic)
+                                  for stream in (*self.contract.observations.values(), self.contract.action)})})
+
+    def finish(self, _spin_once) -> None:
+        """Complete an open bag, marked as interrupted and without a label."""
+        if self.writer is not None:
+            self._close('unknown', interrupted=True)
+            self.get_logger().warning(f'interrupted: {self.writer.path} was completed without a label')
+
+
+def _message_class(type_name: str):
+    try:
+        return get_message(type_name)
+    except (ImportError, AttributeError, ValueError):
+        raise ContractError(f'message type {type_name} is not installed here') from None
+
+
+def _type_name(message_class) -> str:
+    """Such as sensor_msgs/msg/JointState."""
+    package, kind = message_class.__module__.split('.')[:2]
+    return f'{package}/{kind}/{message_class.__name__}'
+
+
+def _definitions(package: str) -> Path:
+    """Folder of a package's .msg files."""
+    try:
+        return Path(get_package_share_directory(package)) / 'msg'
+    except PackageNotFoundError:
+        raise BagError(f'package {package} is not installed here') from None
+
+
+def _profile(qos: QoSProfile) -> dict:
+    """What a publisher offers, as rosbag2 writes it."""
+    def parts(duration) -> dict:
+        return {'sec': duration.nanoseconds // 1_000_000_000, 'nsec': duration.nanoseconds % 1_000_000_000}
+
+    return {'history': qos.history.name.lower(), 'depth': qos.depth, 'reliability': qos.reliability.name.lower(),
+            'durability': qos.durability.name.lower(), 'deadline': parts(qos.deadline), 'lifespan': parts(qos.lifespan),
+            'liveliness': qos.liveliness.name.lower(), 'liveliness_lease_duration': parts(qos.liveliness_lease_duration),
+            'avoid_ros_namespace_conventions': qos.avoid_ros_namespace_conventions}
+
+
+def main() -> None:
+    """Entry point."""
+    run(RecorderNode)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,207 @@
+"""The reach-around task as a robot: joint states, goal, camera and task status out, commanded positions in.
+
+Physics runs in a thread of its own on absolute deadlines; services and commands come in through the executor's thread.
+"""
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+import cv2
+import numpy as np
+from geometry_msgs.msg import Point, PointStamped
+from il_msgs.msg import TaskStatus
+from il_msgs.srv import ResetTask
+from rclpy.node import Node
+from rclpy.qos import QoSProfile
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import CompressedImage, JointState
+from std_msgs.msg import Float64MultiArray
+
+from il_policies.contract import Stream, load_contract
+from il_policies.sim.reach_around import JOINTS, PHYSICS_STEP, ReachAround, Scene, SceneError
+from il_runtime.ros import declare, run, to_stamp
+
+STATUS_RATE = 20.0
+"""Rate of the task status [Hz of simulated time]."""
+JPEG_QUALITY = 95
+MAX_LAG = 0.1
+"""Further behind than this, simulated time is given up instead of being made up for [s, wall]."""
+STEP_NS = round(PHYSICS_STEP * 1e9)
+
+
+class SimulatorNode(Node):
+    """Topics come from the contract; `publish_clock` makes this the source of time for nodes with `use_sim_time`."""
+
+    def __init__(self):
+        """Raises ContractError or SceneError for a contract or machine that cannot run this task."""
+        super().__init__('simulator')
+        contract = declare(self, 'contract', '', "the robot's contract, a YAML file")
+        camera = declare(self, 'camera', True, "publish the contract's cameras")
+        size = declare(self, 'camera_size', [0, 0], 'height and width of published images [px]; 0, 0: as in the contract')
+        self.factor = declare(self, 'real_time_factor', 1.0, 'simulated seconds per second; other than 1 needs publish_clock',
+                              0.05, 100.0)
+        self.publish_clock = declare(self, 'publish_clock', False, 'publish /clock and stamp with simulated time')
+        self.contract = load_contract(contract)
+        if self.factor != 1.0 and not self.publish_clock:
+            raise SceneError(f'real_time_factor is {self.factor:g}: without publish_clock only 1 is valid')
+        if len(size) != 2 or min(size) < 0 or max(size) > 4096 or (0 in size and max(size) > 0):
+            raise SceneError(f'camera_size is {list(size)}, must be height and width, 1 to 4096 each, or 0, 0')
+        if sorted(self.contract.action.joints) != sorted(JOINTS):
+            raise SceneError(f'this task moves {list(JOINTS)}, the contract commands {list(self.contract.action.joints)}')
+        self.order = [self.contract.action.joints.index(name) for name in JOINTS]
+        self.sim = ReachAround(camera=camera)
+        self.lock = threading.Lock()  # over the simulation, between its thread and a reset
+        self.target: np.ndarray | None = None
+        self.episode = 0
+        self.time_ns = 0
+        self.outputs = self._outputs(camera, tuple(size))
+        self.clock_publisher = self.create_publisher(Clock, '/clock', QoSProfile(depth=10)) if self.publish_clock else None
+        self.create_subscription(Float64MultiArray, self.contract.action.output_topic, self._on_command, QoSProfile(depth=1))
+        self.create_service(ResetTask, '~/reset', self._on_reset)
+
+        self.running = True
+        self.failure: Exception | None = None
+        started = threading.Event()
+        self.thread = threading.Thread(target=self._loop, args=(started,), name='physics', daemon=True)
+        self.thread.start()
+        started.wait()
+        if self.failure is not None:
+            raise self.failure
+        self.get_logger().info(f'{self.contract.robot}: reach_around at real-time factor {self.factor:g}')
+
+    def _outputs(self, camera: bool, size: tuple[int, int]) -> list[list]:
+        """[next time due [ns], period [ns], function that publishes at a stamp] of every topic; images last, they take longest."""
+        makers = {'sensor_msgs/msg/JointState': (JointState, lambda name, stream: self._joint_state),
+                  'geometry_msgs/msg/PointStamped': (PointStamped, lambda name, stream: self._goal)}
+        if camera:
+            makers['sensor_msgs/msg/CompressedImage'] = (CompressedImage, lambda name, stream: self._image_of(name, stream, size))
+        outputs, topics = [], set()
+        for name, stream in self.contract.observations.items():
+            if stream.topic in topics or (stream.is_image and not camera):
+                continue
+            if stream.type not in makers:
+                raise SceneError(f'observations.{name}: {stream.type} is not simulated; there are: {", ".join(makers)}')
+            topics.add(stream.topic)
+            kind, maker = makers[stream.type]
+            outputs.append([stream, self.create_publisher(kind, stream.topic, QoSProfile(depth=10)), maker(name, stream)])
+        outputs.sort(key=lambda output: output[0].is_image)
+        status = self.create_publisher(TaskStatus, 'task_status', QoSProfile(depth=10))
+        entries = [[round(1e9 / STATUS_RATE), status, self._task_status]]
+        entries += [[round(1e9 / stream.rate), publisher, make] for stream, publisher, make in outputs]
+        return [[0, period, lambda stamp, publisher=publisher, make=make: publisher.publish(make(stamp))]
+                for period, publisher, make in entries]
+
+    # --- executor's thread --------------------------------------------------------------------------------------------
+    def _on_command(self, message: Float64MultiArray) -> None:
+        values = np.array(message.data)
+        if values.shape != (len(JOINTS),) or not np.isfinite(values).all():
+            self.get_logger().warning(f'command ignored: {values.tolist()}, must be {len(JOINTS)} finite positions',
+                                      throttle_duration_sec=1.0)
+            return
+        self.target = values[self.order]
+
+    def _on_reset(self, request: ResetTask.Request, response: ResetTask.Response) -> ResetTask.Response:
+        try:
+            with self.lock:
+                self.sim.reset(Scene(tuple(request.start), tuple(request.goal)))
+                self.target = None
+                self.episode += 1
+            response.success = True
+        except SceneError as error:
+            response.message = str(error)
+        response.episode = self.episode
+        return response
+
+    def finish(self, _spin_once) -> None:
+        """End the physics."""
+        self.running = False
+        self.thread.join(timeout=2.0)
+
+    # --- physics' thread ----------------------------------------------------------------------------------------------
+    def _loop(self, started: threading.Event) -> None:
+        sys.setswitchinterval(0.001)  # a command must not wait 5 ms for the interpreter
+        try:
+            self._publish_due()  # renders once, so that a machine that cannot says so at the start
+        except SceneError as error:
+            self.failure = error
+            return
+        finally:
+            started.set()
+        began = base = time.monotonic()
+        period = PHYSICS_STEP / self.factor
+        steps = skipped = 0
+        while self.running:
+            time.sleep(max(base + (steps + 1) * period - time.monotonic(), 0.0))
+            behind = int((time.monotonic() - base) / period + 1e-6) - steps
+            if behind * period > MAX_LAG:
+                base += (behind - 1) * period
+                skipped += behind - 1
+                behind = 1
+                self.get_logger().warning(f'the machine is too slow: {skipped * PHYSICS_STEP:.2f} s of simulated time given up',
+                                          throttle_duration_sec=5.0)
+            # With a clock to publish every step is shown; without one the wall is the clock, and nothing is published twice.
+            count = 1 if self.publish_clock else behind
+            if count < 1:
+                continue
+            with self.lock:
+                if self.target is not None:
+                    self.sim.command(self.target)
+                self.sim.advance(count)
+                steps += count
+                self.time_ns += count * STEP_NS
+                if self.clock_publisher is not None:
+                    self.clock_publisher.publish(Clock(clock=to_stamp(self.time_ns)))
+                self._publish_due()
+        achieved = steps * PHYSICS_STEP / (time.monotonic() - began)
+        self.get_logger().info(f'{steps * PHYSICS_STEP:.1f} s simulated at real-time factor {achieved:.2f}')
+        self.sim.close()
+
+    def _publish_due(self) -> None:
+        stamp = to_stamp(self.time_ns) if self.publish_clock else self.get_clock().now().to_msg()
+        for output in self.outputs:
+            due, period, publish = output
+            if self.time_ns >= due:
+                output[0] = due + period * (1 + (self.time_ns - due) // period)
+                publish(stamp)
+
+    def _joint_state(self, stamp) -> JointState:
+        message = JointState(name=JOINTS, position=self.sim.joint_positions, velocity=self.sim.joint_velocities)
+        message.header.stamp = stamp
+        return message
+
+    def _goal(self, stamp) -> PointStamped:
+        x, y = self.sim.scene.goal
+        message = PointStamped(point=Point(x=x, y=y, z=0.0))
+        message.header.stamp, message.header.frame_id = stamp, 'base_link'
+        return message
+
+    def _task_status(self, stamp) -> TaskStatus:
+        sim = self.sim
+        message = TaskStatus(episode=self.episode, elapsed=sim.time, reached=sim.reached, touched=sim.touched)
+        message.header.stamp, message.header.frame_id = stamp, 'base_link'
+        message.tip = Point(**dict(zip('xyz', sim.tip.tolist())))
+        message.goal = Point(x=sim.scene.goal[0], y=sim.scene.goal[1], z=0.0)
+        return message
+
+    def _image_of(self, name: str, stream: Stream, size: tuple[int, int]):
+        size = size if all(size) else stream.image_size
+
+        def image(stamp) -> CompressedImage:
+            _, jpeg = cv2.imencode('.jpg', cv2.cvtColor(self.sim.render(size), cv2.COLOR_RGB2BGR),
+                                   [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+            message = CompressedImage(format='jpeg', data=jpeg.tobytes())
+            message.header.stamp, message.header.frame_id = stamp, name
+            return message
+
+        return image
+
+
+def main() -> None:
+    """Entry point."""
+    run(SimulatorNode)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,99 @@
+"""Real nodes as real processes over real DDS, on this machine only and on a domain of their own."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Before rclpy is imported: a robot on the same network must not hear the tests.
+os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
+os.environ.setdefault('ROS_DOMAIN_ID', str(10 + os.getpid() % 90))
+
+
+class Nodes:
+    """Starts nodes of il_runtime and ends them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.processes: dict[str, subprocess.Popen] = {}
+
+    def start(self, name: str, **parameters) -> subprocess.Popen:
+        """Start il_runtime's node `name`; parameters as -p key:=value."""
+        arguments = [part for key, value in parameters.items() for part in ('-p', f'{key}:={value}')]
+        with open(self.folder / f'{name}.log', 'a') as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, '-m', f'il_runtime.{name}', '--ros-args', *arguments], stdout=log, stderr=log)
+        return self.processes[name]
+
+    def log(self, name: str) -> str:
+        """What the node printed."""
+        return (self.folder / f'{name}.log').read_text()
+
+    def stop(self, name: str, number: int = signal.SIGINT, timeout: float = 10.0) -> int:
+        """Signal the node and wait; its exit status."""
+        process = self.processes.pop(name)
+        process.send_signal(number)
+        return process.wait(timeout)
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    """Nodes that do not outlive the test."""
+    nodes = Nodes(tmp_path)
+    yield nodes
+    for process in nodes.processes.values():
+        process.kill()
+        process.wait()
+    for log in sorted(tmp_path.glob('*.log')):
+        print(f'--- {log.name}\n{log.read_text()}')
+
+
+@pytest.fixture(scope='session')
+def ros():
+    """rclpy, initialised for the session."""
+    import rclpy
+    rclpy.init()
+    yield rclpy
+    rclpy.try_shutdown()
+
+
+@pytest.fixture
+def node(ros):
+    """A node of the test's own, spun in the background."""
+    node = ros.create_node('test')
+    executor = ros.executors.SingleThreadedExecutor()
+    executor.add_node(node)
+    thread = threading.Thread(target=executor.spin, daemon=True)
+    thread.start()
+    yield node
+    executor.shutdown()
+    thread.join(timeout=5)
+    node.destroy_node()
+
+
+def wait_for(condition, timeout: float = 20.0, what: str = 'condition'):
+    """The first true value of condition(); fails the test after `timeout` [s]."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.005)
+    pytest.fail(f'{what}: not within {timeout} s')
+
+
+def call(node, service_type, name: str, request=None, timeout: float = 20.0):
+    """Call a service and wait for its answer."""
+    client = node.create_client(service_type, name)
+    assert client.wait_for_service(timeout), f'{name} is not there'
+    future = client.call_async(request or service_type.Request())
+    wait_for(future.done, timeout, name)
+    node.destroy_client(client)
+    return future.result()
