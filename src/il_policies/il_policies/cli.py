@@ -130,10 +130,10 @@ def run(argv: Sequence[str]) -> None:
     function(rest) if function is train else tyro.cli(function, args=rest, prog=f'il {name}')
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `il`: 0 done, 2 wrong input, 130 interrupted."""
     try:
-        run(sys.argv[1:])
+        run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print('il: interrupted', file=sys.stderr)
         sys.exit(130)

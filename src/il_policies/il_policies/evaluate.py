@@ -14,9 +14,9 @@ def evaluate_pusht(policy: Policy, episodes: int = 50, seed: int = 100000, strid
                    progress: Callable[[float], None] = lambda fraction: None) -> dict:
     """PushT under Diffusion Policy's protocol; all episodes are advanced together, with one prediction for all.
 
-    Start i is `legacy_start(seed + i)`; 300 steps; of each chunk `stride` steps are executed; the score of an episode is the
-    maximum over time of coverage / 0.95 clipped to 1. `seed` also seeds the policy's noise. Returns protocol, mean score,
-    scores, and how many episodes exceeded 0.95 coverage (gym-pusht's "success", another metric).
+    Start i is `legacy_start(seed + i)`, seed + i also seeds the policy's noise in it; 300 steps; of each chunk `stride` steps are
+    executed; an episode's score is the maximum over time of coverage / 0.95 clipped to 1. Returns protocol, mean score, scores,
+    and how many episodes exceeded 0.95 coverage (gym-pusht's "success", another metric).
     Raises PolicyError if the policy is not one for PushT.
     """
     from il_policies.sim import pusht
@@ -30,7 +30,8 @@ def evaluate_pusht(policy: Policy, episodes: int = 50, seed: int = 100000, strid
     if not 1 <= stride <= spec.horizon:
         raise PolicyError(f'pusht: stride is {stride}, must be from 1 to the horizon, {spec.horizon}')
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
+    # One generator an episode, so that its course depends neither on how many others there are nor on when they end.
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(episodes)]
     environments = [pusht.PushT() for _ in range(episodes)]
     for i, environment in enumerate(environments):
         environment.reset(pusht.legacy_start(seed + i), legacy=True)
@@ -43,9 +44,8 @@ def evaluate_pusht(policy: Policy, episodes: int = 50, seed: int = 100000, strid
             break
         observation = {name: torch.from_numpy(np.array([[step[name] for step in histories[i]] for i in live]))
                        for name in spec.features}
-        # Noise for every episode, so that one's course does not depend on when others end.
-        noise = torch.randn((episodes, spec.horizon, 2), generator=generator)
-        chunk = policy.predict(observation, noise=noise[live]).numpy()  # (live, H, 2)
+        noise = torch.stack([torch.randn((spec.horizon, 2), generator=generators[i]) for i in live])
+        chunk = policy.predict(observation, noise=noise).numpy()  # (live, H, 2)
         for i, actions in zip(live, chunk):
             for action in actions[:min(stride, pusht.MAX_STEPS - t)]:
                 best[i] = max(best[i], environments[i].step(action))

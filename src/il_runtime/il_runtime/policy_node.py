@@ -14,7 +14,7 @@ from il_policies import checkpoint
 from il_policies.contract import Contract, load_contract
 from il_policies.data.align import buffers, observation_at
 from il_policies.data.decode import DecodeError, decode, stamp_of
-from il_policies.planner import NOISES, Planner
+from il_policies.planner import NOISE, Planner
 from il_runtime.ros import STATUS_QOS, chunk_qos, declare, message_class, run, start, to_stamp
 
 FOLLOWING = (ControllerStatus.HOLD, ControllerStatus.POLICY)
@@ -28,7 +28,7 @@ class PolicyNode(LifecycleNode):
         declare(self, 'contract', '', "the robot's contract, a YAML file")
         declare(self, 'checkpoint', '', 'folder written by il train')
         declare(self, 'stride', 8, 'policy steps between plans', 1, 1000)
-        declare(self, 'noise', 'warm_start', f'noise of each new chunk: {", ".join(NOISES)}')
+        declare(self, 'noise', 'warm_start', f'noise of each new chunk: {", ".join(NOISE)}')
         declare(self, 'tau', 0.5, 'warm start: from where the previous chunk is denoised anew; 0 = pure noise', 0.0, 0.99)
         declare(self, 'seed', 0, 'seed of the noise', 0, 2**31 - 1)
         declare(self, 'threads', 1, 'threads of the network', 1, 256)

@@ -6,6 +6,7 @@ a bag must have one clock.
 """
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import time
@@ -16,7 +17,6 @@ from il_msgs.msg import ActionChunk, ControllerStatus, TaskStatus
 from il_msgs.srv import StartEpisode, StopEpisode
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from rosidl_runtime_py.utilities import get_message
 from sensor_msgs.msg import JointState
 
 from il_policies.contract import ContractError, load_contract
@@ -158,7 +158,8 @@ class RecorderNode(Node):
 
 def _message_class(type_name: str):
     try:
-        return get_message(type_name)
+        package, kind, name = type_name.split('/')
+        return getattr(importlib.import_module(f'{package}.{kind}'), name)
     except (ImportError, AttributeError, ValueError):
         raise ContractError(f'message type {type_name} is not installed here') from None
 

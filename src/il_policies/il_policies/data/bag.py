@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from mcap.exceptions import McapError
 from mcap.reader import SeekingReader
+from mcap.stream_reader import CRCValidationError
 from mcap.writer import CompressionType
 from mcap.writer import Writer as McapWriter
 from rosbags.interfaces import Nodetype
@@ -198,7 +199,11 @@ def read_bag(path: str | Path, topics: Collection[str] | None = None) -> Iterato
     for name in bag_info(path)['relative_file_paths']:
         file = Path(path) / name
         try:
-            with open(file, 'rb') as stream:
+            stream = open(file, 'rb')
+        except OSError as error:
+            raise BagError(f'{file}: cannot be read: {error.strerror}') from None
+        try:
+            with stream:
                 for schema, channel, message in SeekingReader(stream, validate_crcs=True).iter_messages(topics):
                     if channel.message_encoding != 'cdr' or schema is None:
                         raise BagError(f'{file}: {channel.topic} is encoded as {channel.message_encoding!r}; valid: cdr with schema')
@@ -208,9 +213,9 @@ def read_bag(path: str | Path, topics: Collection[str] | None = None) -> Iterato
                     except (TypesysError, SerdeError, UnicodeDecodeError) as error:
                         raise BagError(f'{file}: {channel.topic} is unreadable as {schema.name}: {error}') from None
                     yield channel.topic, schema.name, message.log_time, message.publish_time, content
-        except OSError as error:
-            raise BagError(f'{file}: cannot be read: {error.strerror}') from None
-        except (McapError, struct.error) as error:
+        except BagError:
+            raise
+        except (McapError, CRCValidationError, struct.error, ValueError, OSError) as error:
             raise BagError(f'{file}: damaged: {" ".join(str(error).split()) or type(error).__name__}') from None
 
 

@@ -65,7 +65,8 @@ def convert(bags: str | Path | Sequence[str | Path], contract: Contract, out: st
         raise BagError('no bags given')
     out = Path(out)
     create(out, dataset_info(contract))
-    present = {meta['index']: (meta, i) for i, meta in enumerate((dataset := Dataset(out)).episodes)}
+    dataset = Dataset(out)
+    present = {meta['index']: (meta, i) for i, meta in enumerate(dataset.episodes)}
     reports = []
     for index, bag in enumerate(bags):
         try:

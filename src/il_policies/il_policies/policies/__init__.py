@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from il_policies.policies.normalize import Normalizer
 
-KINDS = ('bc', 'flow')
-
 
 class PolicyError(ValueError):
     """A policy that cannot be built or asked this way; the message says what was received and what is valid."""
@@ -52,7 +50,7 @@ class Policy(nn.Module):
     """
 
     kind: str
-    """Name of the algorithm, one of KINDS."""
+    """Name of the algorithm."""
 
     def __init__(self, spec: PolicySpec, config, normalizer: Normalizer):
         """`config` is the algorithm's own frozen dataclass. Raises PolicyError for features it cannot take."""
@@ -84,8 +82,8 @@ class Policy(nn.Module):
             if value.shape[1:] != (self.spec.history, *shape):
                 raise PolicyError(f'{self.kind}: feature {name!r} has shape {tuple(value.shape)}, '
                                   f'must be (B, {self.spec.history}, {", ".join(map(str, shape))})')
+            # Clamped: an entry that hardly moved in the demonstrations would drown all others when it is off live.
             parts.append(self.normalizer.normalize(name, value).clamp(-2.0, 2.0))
-        # Clamped: a column that hardly moved in the demonstrations would otherwise drown all others when it is off live.
         return torch.cat(parts, dim=-1).flatten(1)
 
     def loss(self, batch: dict) -> dict[str, Tensor]:
@@ -102,13 +100,3 @@ def masked_mse(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Mean squared error over the valid steps. prediction, target: (B, H, D), valid: (B, H) bool."""
     per_step = (prediction - target).square().mean(dim=-1)
     return (per_step * valid).sum() / valid.sum()
-
-
-def policy_class(kind: str) -> tuple[type[Policy], type]:
-    """Policy and config class of a kind. Raises PolicyError for unknown kinds."""
-    from il_policies.policies.bc import BC, BCConfig
-    from il_policies.policies.flow import Flow, FlowConfig
-    classes = {'bc': (BC, BCConfig), 'flow': (Flow, FlowConfig)}
-    if kind not in classes:
-        raise PolicyError(f'no policy {kind!r}; valid: {", ".join(KINDS)}')
-    return classes[kind]

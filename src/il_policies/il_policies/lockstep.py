@@ -1,0 +1,183 @@
+"""Closed loop without ROS: physics, planning and control advance in step, so that results are exact and repeatable.
+
+The planner, the ensembling and the safety gate are those of the nodes. `il_runtime.core` is pure numpy; this is the one place
+where il_policies looks up to it.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+from il_runtime.core.controller import Controller
+from il_runtime.core.ensembling import Chunk, Ensembler
+from il_runtime.core.mode import Mode
+
+from il_policies.contract import Contract, ContractError, from_dict
+from il_policies.planner import Planner
+from il_policies.policies import Policy, PolicyError
+from il_policies.sim.reach_around import JOINTS, ReachAround, Scene, sample_scene
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How chunks are planned and blended; the nodes' parameters of the same names."""
+
+    stride: int = 8
+    """Policy steps between plans."""
+    noise: Literal['warm_start', 'per_epoch', 'per_chunk'] = 'warm_start'
+    """Noise of each new chunk."""
+    tau: float = 0.5
+    """Warm start: flow time at which the previous chunk enters."""
+    ensembling: Literal['newest_first', 'oldest_first', 'latest', 'crossfade'] = 'newest_first'
+    """How overlapping chunks are blended."""
+    m: float = 0.5
+    """Weight exp(-m·age) of a chunk, age in policy steps."""
+    max_disagreement: float = 1.0
+    """Above this distance between live chunks, in tracking tolerances, the newest one takes over."""
+
+
+@dataclass
+class Episode:
+    """What happened in one episode."""
+
+    scene: Scene
+    """Start and goal."""
+    reached: bool
+    """The tip rested at the goal in time."""
+    touched: bool
+    """The arm touched the pillar."""
+    duration: float
+    """Until reached, touched or out of time [s]."""
+    tips: np.ndarray
+    """Path of the tip, one row a control period [m]. Shape (N, 3)."""
+    commands: np.ndarray
+    """Commands, one row a control period [rad]. Shape (N, 6)."""
+    chunks: list[tuple[float, np.ndarray]]
+    """Start [s] and positions (H, 6) of every chunk."""
+    violations: int
+    """Commands outside position, velocity or acceleration limits; recomputed from the commands alone."""
+
+    @property
+    def success(self) -> bool:
+        """Reached the goal in time without touching the pillar."""
+        return self.reached and not self.touched
+
+
+def scenes(episodes: int, seed: int) -> list[Scene]:
+    """Starts and goals of an evaluation; the same for the same seed, whatever their number."""
+    return [sample_scene(np.random.default_rng([seed, i])) for i in range(episodes)]
+
+
+def limit_violations(contract: Contract, commands: np.ndarray, stamps: np.ndarray | None = None) -> int:
+    """Commands (N, D) beyond a limit, judged by their differences alone. stamps (N,) [s]; None: one control period apart.
+
+    Relative rounding of 1e-6 is let pass. With stamps, a command that came a period late is judged by the time it took.
+    """
+    joints = contract.action_joints
+    if len(commands) == 0:
+        return 0
+    dt = np.full(len(commands) - 1, 1.0 / contract.control_rate) if stamps is None else np.diff(stamps)
+    low, high = np.array([joint.position for joint in joints]).T
+    bad = (commands < low) | (commands > high)
+    velocity = np.diff(commands, axis=0) / dt[:, None]
+    bad[1:] |= np.abs(velocity) > np.array([joint.velocity for joint in joints]) * (1 + 1e-6)
+    between = ((dt[1:] + dt[:-1]) / 2)[:, None]
+    # Rounding of positions near 1 rad shows as 1e-16/dt² in accelerations, far below the margin.
+    bad[2:] |= np.abs(np.diff(velocity, axis=0) / between) > np.array([joint.acceleration for joint in joints]) * (1 + 1e-6)
+    return int(bad.any(axis=1).sum())
+
+
+def run_episode(simulation: ReachAround, planner: Planner, contract: Contract, scene: Scene, execution: Execution,
+                seed: int) -> Episode:
+    """One episode from arming to its end. `seed` is that of the planner's noise."""
+    spec = planner.policy.spec
+    controller = Controller(contract, Ensembler(
+        [joint.tracking_tolerance for joint in contract.action_joints], execution.ensembling, execution.m,
+        ramp=2.0 / contract.control_rate, max_disagreement=execution.max_disagreement))
+    order = [JOINTS.index(name) for name in contract.action.joints]  # the simulation's joints in the contract's order
+    ticks_per_step = round(contract.control_rate * spec.step_period)
+    simulation.reset(scene)
+    planner.reset(seed)
+    controller.joint_state(0.0, simulation.joint_positions[order])
+    armed, message = controller.arm(0.0)
+    if not armed:
+        raise PolicyError(f'the simulated arm could not be armed: {message}')
+    history: list[dict] = []
+    tips, commands, chunks = [], [], []
+    for tick in range(10**9):
+        now = tick * controller.period
+        if tick % ticks_per_step == 0:
+            history = (history or [simulation.observation()] * spec.history)[1:] + [simulation.observation()]
+            if tick % (ticks_per_step * execution.stride) == 0:
+                observation = {name: np.stack([step[name] for step in history]) for name in spec.features}
+                start = now + spec.action_offset
+                positions = planner.plan(observation, start)
+                controller.add_chunk(Chunk(start, spec.step_period, positions, controller.epoch, len(chunks), now), now)
+                chunks.append((start, positions))
+        controller.joint_state(now, simulation.joint_positions[order])
+        command = controller.tick(now)
+        tips.append(simulation.tip)
+        commands.append(command)
+        if simulation.done or controller.mode == Mode.FAULT:
+            break
+        sent = np.empty(len(order))
+        sent[order] = command
+        simulation.step(sent)
+    commands = np.array(commands)
+    return Episode(scene, simulation.reached, simulation.touched, simulation.time, np.array(tips), commands, chunks,
+                   limit_violations(contract, commands))
+
+
+def contract_of(policy: Policy) -> Contract:
+    """The robot a policy was trained for. Raises PolicyError if its checkpoint names none."""
+    data = policy.extra.get('contract')
+    if data is None:
+        raise PolicyError('the checkpoint carries no robot contract: it was not trained on a recorded robot')
+    try:
+        return from_dict(Contract, data, "the checkpoint's contract")
+    except ContractError as error:
+        raise PolicyError(str(error)) from None
+
+
+def run_episodes(policy: Policy, chosen: list[Scene], seed: int, execution: Execution,
+                 progress: Callable[[float], None] = lambda fraction: None) -> list[Episode]:
+    """One episode a scene, each with its own noise. Raises PolicyError if the policy does not fit the task."""
+    contract = contract_of(policy)
+    simulation = ReachAround(camera=False)
+    known = {name: value.shape for name, value in simulation.observation().items()}
+    wrong = {name: shape for name, shape in policy.spec.features.items() if known.get(name) != tuple(shape)}
+    if wrong or tuple(policy.spec.action_names) != contract.action.joints or set(contract.action.joints) != set(JOINTS):
+        raise PolicyError(f'reach_around: the policy sees {dict(policy.spec.features)} and moves '
+                          f'{list(policy.spec.action_names)}; the task has {known} and {list(JOINTS)}')
+    if not 1 <= execution.stride < policy.spec.horizon:
+        raise PolicyError(f'stride is {execution.stride}, must be from 1 to {policy.spec.horizon - 1}, below the horizon')
+    planner = Planner(policy, execution.noise, execution.tau)
+    episodes = []
+    for i, scene in enumerate(chosen):
+        episodes.append(run_episode(simulation, planner, contract, scene, execution, seed * 1_000_003 + i))
+        progress((i + 1) / len(chosen))
+    return episodes
+
+
+def evaluate_reach_around(policy: Policy, episodes: int = 100, seed: int = 1000, stride: int = 8,
+                          noise: str = 'warm_start', ensembling: str = 'newest_first', m: float = 0.5,
+                          progress: Callable[[float], None] = lambda fraction: None) -> dict:
+    """Success of a policy on reach_around over seeded starts and goals, in lock-step. Raises PolicyError."""
+    started = time.perf_counter()
+    execution = Execution(stride=stride, noise=noise, ensembling=ensembling, m=m)
+    done = run_episodes(policy, scenes(episodes, seed), seed, execution, progress)
+    return {
+        'task': 'reach_around',
+        'protocol': f'{episodes} starts and goals from seed {seed}, lock-step; goal reached in time, pillar not touched',
+        'execution': asdict(execution),
+        'successes': sum(episode.success for episode in done),
+        'touched': sum(episode.touched for episode in done),
+        'episodes': episodes,
+        'limit_violations': sum(episode.violations for episode in done),
+        'seed': seed,
+        'policy': policy.hash,
+        'wall_s': round(time.perf_counter() - started, 1),
+    }

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from il_policies import checkpoint
+from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode
+from il_policies.policies import PolicyError
+from il_policies.policies.unet import UNetConfig
+from il_policies.train import TrainConfig, TrainError, budget_spent, choose_episodes, learning_rate, train
+
+SMALL = UNetConfig((16, 32), activation='silu')
+
+
+def quiet(spent, step, loss):
+    pass
+
+
+def make_dataset(path) -> Dataset:
+    """Eight episodes of a point driven along a sine; the first four are labelled left, the others right."""
+    create(path, DatasetInfo(fps=10.0, features={'state': Feature((2,), 'lowdim'), 'front': Feature((8, 8, 3), 'image')},
+                             action=ActionInfo(('a',), 0.1), label='command', contract={'robot': 'point'}, contract_hash='c0'))
+    image = cv2.imencode('.jpg', np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    for index in range(8):
+        t = np.arange(30) / 10 + index
+        write_episode(path, index, {'state': np.stack([np.sin(t), np.cos(t)], 1)}, np.sin(t + 0.1)[:, None],
+                      np.arange(30) * 10**8, np.zeros(30, bool), {'front': [image] * 30},
+                      {'side': 'left' if index < 4 else 'right'}, {})
+    return Dataset(path)
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory) -> Dataset:
+    return make_dataset(tmp_path_factory.mktemp('train') / 'data')
+
+
+@pytest.mark.parametrize('policy', ['bc', 'flow'])
+def test_the_loss_falls_and_the_checkpoint_tells_the_facts(policy, dataset, tmp_path):
+    losses = []
+    config = TrainConfig(policy=policy, unet=SMALL, steps=120, horizon=8, warmup_steps=10, threads=1)
+    trained = train(dataset, config, tmp_path / 'p', lambda spent, step, loss: losses.append(loss))
+    assert losses[-1] < 0.5 * losses[0] and len(losses) == 120
+    loaded = checkpoint.load(tmp_path / 'p')
+    assert loaded.hash == trained.hash
+    assert loaded.extra['contract'] == {'robot': 'point'} and loaded.extra['contract_hash'] == 'c0'
+    assert loaded.extra['dataset_hash'] == dataset.hash
+    facts = loaded.extra['training']
+    assert (facts['steps'], facts['episodes'], facts['windows']) == (120, 8, 240)
+    assert loaded.spec.features == {'state': (2,)} and loaded.spec.step_period == 0.1 and loaded.spec.action_offset == 0.1
+    assert all(p.isfinite().all() for p in loaded.parameters())
+
+
+def test_seeds_reproduce(dataset):
+    def weights(seed):
+        policy = train(dataset, TrainConfig(unet=SMALL, steps=15, horizon=8, seed=seed, threads=1), progress=quiet)
+        return torch.cat([p.flatten() for p in policy.parameters()])
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_a_budget_of_time_ends_in_time(dataset):
+    spent = []
+    train(dataset, TrainConfig(unet=SMALL, minutes=0.01, horizon=8, threads=1), progress=lambda s, step, loss: spent.append(s))
+    assert spent[-1] >= 1.0 and all(s < 1.0 for s in spent[:-1]) and spent == sorted(spent)
+
+
+def test_budget_and_schedule():
+    config = TrainConfig(steps=100, minutes=1.0, learning_rate=2.0, warmup_steps=9)
+    assert budget_spent(config, 50, 6.0) == 0.5
+    assert budget_spent(config, 10, 45.0) == 0.75
+    assert learning_rate(config, 0, 0.0) == pytest.approx(0.2)
+    assert learning_rate(config, 9, 0.0) == pytest.approx(2.0)
+    assert learning_rate(config, 50, 0.5) == pytest.approx(1.0)
+    assert learning_rate(config, 75, 0.75) == pytest.approx(1.0 + math.cos(0.75 * math.pi))
+    assert learning_rate(config, 100, 1.0) == pytest.approx(0.0)
+
+
+def test_choosing_episodes(dataset):
+    assert choose_episodes(dataset, TrainConfig(where=('side=right',))) == [4, 5, 6, 7]
+    some = choose_episodes(dataset, TrainConfig(where=('side=left',), max_episodes=2))
+    assert len(some) == 2 and set(some) < {0, 1, 2, 3}
+    assert some == choose_episodes(dataset, TrainConfig(where=('side=left',), max_episodes=2, seed=9))
+    with pytest.raises(TrainError, match='side is one of: left, right'):
+        choose_episodes(dataset, TrainConfig(where=('side=up',)))
+    with pytest.raises(TrainError, match="no episode has the field 'colour'; there are:.*side"):
+        choose_episodes(dataset, TrainConfig(where=('colour=red',)))
+
+
+def test_a_loss_that_is_not_finite_stops_it(dataset, tmp_path):
+    config = TrainConfig(unet=SMALL, steps=50, horizon=8, learning_rate=1e30, warmup_steps=0, threads=1)
+    with pytest.raises(TrainError, match='the loss became (nan|inf) at step'):
+        train(dataset, config, tmp_path / 'p', quiet)
+    assert not (tmp_path / 'p').exists()
+
+
+def test_what_cannot_be_trained_is_named(dataset):
+    with pytest.raises(PolicyError, match='front.*are images'):
+        train(dataset, TrainConfig(observations=('front',), steps=1), progress=quiet)
+    with pytest.raises(TrainError, match='no budget'):
+        train(dataset, TrainConfig(), progress=quiet)
+    for wrong, message in (({'steps': 0}, 'steps is 0'), ({'where': ('left',)}, 'field=value'), ({'ema_decay': 1.0}, 'ema_decay')):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(**wrong)
+
+
+@pytest.mark.parametrize('preset', ['bc', 'flow', 'flow_pusht'])
+def test_presets_are_valid(preset, root):
+    from il_policies.contract import from_dict, load_yaml
+    path = root / 'config' / 'policies' / f'{preset}.yaml'
+    config = from_dict(TrainConfig, load_yaml(path), str(path))
+    assert config.policy == preset.split('_')[0] and config.minutes is not None
+
+
+def test_bc_and_flow_presets_differ_in_the_objective_only(root):
+    from il_policies.contract import load_yaml
+    bc, flow = (load_yaml(root / 'config' / 'policies' / f'{name}.yaml') for name in ('bc', 'flow'))
+    assert {key for key in {*bc, *flow} if bc.get(key) != flow.get(key)} == {'policy', 'euler_steps', 'time_sampling'}

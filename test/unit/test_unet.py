@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from il_policies.policies.unet import Conv, GroupNorm, TimeEmbedding, UNet, UNetConfig, Upsample
+
+
+@pytest.mark.parametrize(('kernel_size', 'stride'), [(5, 1), (3, 2), (1, 1)])
+def test_conv_is_torchs_convolution(kernel_size, stride):
+    torch.manual_seed(0)
+    conv = Conv(4, 6, kernel_size, stride)
+    x = torch.randn(3, 8, 4)
+    weight = conv.linear.weight.view(6, kernel_size, 4).transpose(1, 2)
+    expected = F.conv1d(x.transpose(1, 2), weight, conv.linear.bias, stride=stride, padding=kernel_size // 2).transpose(1, 2)
+    torch.testing.assert_close(conv(x), expected)
+
+
+def test_upsampling_is_a_transposed_convolution():
+    """With the outer taps it does not have set to 0, it is torch's, of 4 taps and stride 2."""
+    torch.manual_seed(0)
+    upsample = Upsample(4, 6)
+    kernel, bias = torch.randn(4, 6, 4), torch.randn(6)
+    weight = torch.zeros(2, 6, 3, 4)                 # (even or odd step, out, tap: before, here, after, in)
+    weight[0, :, 0], weight[0, :, 1] = kernel[:, :, 3].T, kernel[:, :, 1].T
+    weight[1, :, 1], weight[1, :, 2] = kernel[:, :, 2].T, kernel[:, :, 0].T
+    with torch.no_grad():
+        upsample.conv.linear.weight.copy_(weight.reshape(12, 12))
+        upsample.conv.linear.bias.copy_(bias.repeat(2))
+    x = torch.randn(3, 8, 4)
+    expected = F.conv_transpose1d(x.transpose(1, 2), kernel, bias, stride=2, padding=1).transpose(1, 2)
+    torch.testing.assert_close(upsample(x), expected)
+
+
+def test_group_norm_is_torchs():
+    x = torch.randn(3, 8, 16)
+    torch.testing.assert_close(GroupNorm(4, 16)(x), F.group_norm(x.transpose(1, 2), 4).transpose(1, 2))
+
+
+def test_time_embedding_resolves_the_unit_interval():
+    """Neighbouring flow times differ, as they would not if t were not scaled before the sinusoid."""
+    torch.manual_seed(0)
+    embedding = TimeEmbedding(64, torch.nn.SiLU())
+    e = embedding(torch.tensor([0.50, 0.51]))
+    assert (e[0] - e[1]).norm() > 0.1 * e[0].norm()
+
+
+@pytest.mark.parametrize('down_dims', [(16,), (16, 32), (16, 32, 64)])
+@pytest.mark.parametrize('time', [True, False])
+def test_shapes_and_that_everything_matters(down_dims, time):
+    torch.manual_seed(0)
+    net = UNet(3, 7, 16, UNetConfig(down_dims, blocks=2), time)
+    x, condition = torch.randn(5, 16, 3, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    y = net(x, torch.rand(5) if time else None, condition)
+    assert y.shape == x.shape
+    y[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+    assert x.grad[0].abs().min() > 0 and condition.grad[0].abs().min() > 0
+    assert x.grad[1:].abs().max() == 0, 'samples of a batch must not mix'
+
+
+def test_horizon_that_cannot_be_halved_is_refused():
+    with pytest.raises(ValueError, match='horizon is 18.*multiple of 4, such as 20'):
+        UNet(3, 7, 18, UNetConfig((16, 32, 64)), True)
+
+
+@pytest.mark.parametrize(('wrong', 'message'), [({'down_dims': (30,)}, 'multiples of groups'), ({'kernel_size': 4}, 'odd'),
+                                                ({'blocks': 0}, 'blocks')])
+def test_config_is_validated(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        UNetConfig(**wrong)
