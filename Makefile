@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .PHONY: demo test setup clean
 
 demo: setup
-	@. ./env.sh && exec python -m il_runtime.demo $(if $(FRESH),--fresh)
+	@. ./env.sh && exec python -m il_runtime.demo --setup-seconds "$$(cat .venv/seconds)" $(if $(FRESH),--fresh)
 
 test: setup
 	@. ./env.sh && exec python -m pytest test/unit test/graph

@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from il_policies.contract import Stream
-from il_policies.data.align import (StreamBuffer, buffers, camera_ticks, grid_ticks, history_times, labels, next_state,
-                                    observation_at)
+from il_policies.data.align import (
+    StreamBuffer,
+    buffers,
+    camera_ticks,
+    grid_ticks,
+    history_times,
+    labels,
+    next_state,
+    observation_at,
+)
 from il_policies.data.store import DataError
 from recordings import MS, START, contract
 
@@ -74,8 +81,11 @@ def test_problems_are_named():
     streams = {'never': filled([]), 'late': filled([160 * MS]), 'old': filled([0]), 'fine': filled([100 * MS])}
     got = observation_at(streams, 150 * MS, 1)
     assert list(got.data) == ['fine'] and not got.complete
-    assert got.problems == {'never': 'nothing received on x', 'late': 'x: no sample until 0.000 s before now',
-                            'old': 'x: newest sample is 0.150 s old, allowed 0.1 s'}
+    assert got.problems == {
+        'never': 'nothing received on x',
+        'late': 'x: no sample until 0.000 s before now',
+        'old': 'x: newest sample is 0.150 s old, allowed 0.1 s',
+    }
 
 
 def test_history_before_the_start_repeats_the_first_step():
@@ -94,8 +104,10 @@ def test_history_follows_the_jitter_of_the_camera():
     camera = filled(frames, max_age=0.25)
     for i in range(3, 200):
         got = observation_at({'front': camera}, frames[i], 4, P, anchor='front')
-        assert got.data['front'][:, 0].tolist() == frames[i - 3:i + 1]
-    exact = [observation_at({'front': camera}, frames[i], 2, P).data['front'][0, 0] == frames[i - 1] for i in range(2, 200)]
+        assert got.data['front'][:, 0].tolist() == frames[i - 3 : i + 1]
+    exact = [
+        observation_at({'front': camera}, frames[i], 2, P).data['front'][0, 0] == frames[i - 1] for i in range(2, 200)
+    ]
     assert np.mean(exact) < 0.7
     # a frame that was lost is not replaced by a distant one
     assert history_times(2 * P, 2, P, anchor=filled([0, 2 * P])) == [P, 2 * P]
@@ -115,7 +127,7 @@ def test_every_kth_frame_despite_jitter(rate, jitter):
     random = np.random.default_rng(rate)
     frames = np.round(np.arange(60 * rate) * 1e9 / rate).astype(np.int64) + jitter * random.integers(-MS, MS, 60 * rate)
     ticks = camera_ticks(frames, 10.0, rate)
-    assert ticks.stamps.tolist() == frames[::rate // 10].tolist()
+    assert ticks.stamps.tolist() == frames[:: rate // 10].tolist()
     assert not ticks.gap.any() and ticks.warnings == ()
 
 
@@ -150,7 +162,7 @@ def test_a_late_frame_is_no_gap():
 
 
 def test_rates_that_do_not_fit_are_warned_about():
-    frames = (np.arange(100) * 20 * MS)
+    frames = np.arange(100) * 20 * MS
     assert 'no multiple of 20 Hz' in camera_ticks(frames, 20.0, 50.0).warnings[0]
     assert 'declared at 30 Hz runs at 50 Hz' in camera_ticks(frames, 10.0, 30.0).warnings[0]
     assert len(camera_ticks(np.array([]), 10.0, 10.0).stamps) == 0
@@ -158,13 +170,15 @@ def test_rates_that_do_not_fit_are_warned_about():
 
 
 @settings(max_examples=200, deadline=None)
-@given(stamps=st.lists(st.integers(0, 100), unique=True, max_size=40), first=st.integers(0, 40), count=st.integers(1, 6))
+@given(
+    stamps=st.lists(st.integers(0, 100), unique=True, max_size=40), first=st.integers(0, 40), count=st.integers(1, 6)
+)
 def test_labels_against_brute_force(stamps, first, count):
     period, max_age = 10, 15
     stamps = np.array(sorted(stamps), np.int64)
     ticks = first + period * np.arange(count)
-    hold, hold_age = labels(ticks, 'command_hold', stamps, stamps, 1e9 / period, max_age * 1e-9)
-    command, age = labels(ticks, 'command', stamps, stamps, 1e9 / period, max_age * 1e-9)
+    hold, hold_age = labels(ticks, 'command_hold', stamps, 1e9 / period, max_age * 1e-9)
+    command, age = labels(ticks, 'command', stamps, 1e9 / period, max_age * 1e-9)
     for k, t in enumerate(ticks):
         before = [i for i, s in enumerate(stamps) if t - max_age <= s <= t]
         within = [i for i, s in enumerate(stamps) if t <= s < t + period]
@@ -176,5 +190,5 @@ def test_labels_against_brute_force(stamps, first, count):
 
 def test_label_names():
     with pytest.raises(DataError, match="label is 'nearest'"):
-        labels(np.arange(3), 'nearest', np.arange(3), np.arange(3), 10.0, 1.0)
+        labels(np.arange(3), 'nearest', np.arange(3), 10.0, 1.0)
     assert next_state(np.arange(4)[:, None])[:, 0].tolist() == [1, 2, 3]

@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from il_policies.data.bag import (
+    BagError,
+    BagWriter,
+    add_definitions,
+    bag_info,
+    find_bags,
+    qos,
+    read_bag,
+    standard_types,
+    topic_types,
+)
+from mcap.exceptions import EndOfFile
 from mcap.reader import make_reader
 from mcap.stream_reader import StreamReader
-from rosbags.highlevel import AnyReader
-
-from il_policies.data.bag import (BagError, BagWriter, add_definitions, bag_info, find_bags, qos, read_bag, standard_types,
-                                  topic_types)
 from recordings import MS, START, TYPES, joint_state, recording, write_bag
+from rosbags.highlevel import AnyReader
 
 
 def test_round_trip_with_both_stamps(tmp_path):
@@ -19,9 +29,13 @@ def test_round_trip_with_both_stamps(tmp_path):
     path = write_bag(tmp_path / 'bag', messages, custom={'task': 'reach'})
     read = list(read_bag(path))
     assert [(topic, kind, received, published) for topic, kind, received, published, _ in read] == [
-        ('/' + topic, message.__msgtype__, stamp + 2 * MS, stamp + MS) for topic, stamp, message in messages]
-    for (_, _, written), (*_, message) in zip(messages, read):
-        assert message.header.stamp.sec == written.header.stamp.sec and message.header.stamp.nanosec == written.header.stamp.nanosec
+        ('/' + topic, message.__msgtype__, stamp + 2 * MS, stamp + MS) for topic, stamp, message in messages
+    ]
+    for (_, _, written), (*_, message) in zip(messages, read, strict=True):
+        assert (
+            message.header.stamp.sec == written.header.stamp.sec
+            and message.header.stamp.nanosec == written.header.stamp.nanosec
+        )
         if hasattr(written, 'position'):
             np.testing.assert_array_equal(message.position, written.position)
             assert message.name == written.name
@@ -41,7 +55,8 @@ def test_rosbags_reads_it(tmp_path):
         read = [(c.topic, t, reader.deserialize(data, c.msgtype)) for c, t, data in reader.messages()]
     assert [(topic, t) for topic, t, _ in read] == [('/' + topic, stamp + 2 * MS) for topic, stamp, _ in messages]
     assert [m.position.tolist() for topic, _, m in read if topic == '/command'] == [
-        m.position.tolist() for topic, _, m in messages if topic == 'command']
+        m.position.tolist() for topic, _, m in messages if topic == 'command'
+    ]
 
 
 def test_own_message_types(tmp_path, root):
@@ -52,8 +67,13 @@ def test_own_message_types(tmp_path, root):
     header, point = joint_state(START, [], []).header, TYPES.types['geometry_msgs/msg/Point'](1.0, 2.0, 3.0)
     writer = BagWriter(tmp_path / 'bag', types)
     writer.add_topic('/task_status', 'il_msgs/msg/TaskStatus')
-    writer.write('/task_status', types.serialize_cdr(kind(header, 3, 1.5, True, False, point, point), 'il_msgs/msg/TaskStatus'), START, START)
-    (_, _, _, _, message), = read_bag(writer.close())
+    writer.write(
+        '/task_status',
+        types.serialize_cdr(kind(header, 3, 1.5, True, False, point, point), 'il_msgs/msg/TaskStatus'),
+        START,
+        START,
+    )
+    ((_, _, _, _, message),) = read_bag(writer.close())
     assert (message.episode, message.elapsed, message.reached, message.tip.z) == (3, 1.5, True, 3.0)
     with pytest.raises(BagError, match='il_msgs/msg/Nope: no definition'):
         add_definitions(types, 'il_msgs/msg/Nope', lambda package: root / 'src' / package / 'msg')
@@ -64,8 +84,19 @@ def test_metadata_as_rosbag2_writes_it(tmp_path):
     text = (path / 'metadata.yaml').read_text()
     information = yaml.safe_load(text)['rosbag2_bagfile_information']
     assert list(information) == [
-        'version', 'storage_identifier', 'duration', 'starting_time', 'message_count', 'topics_with_message_count',
-        'compression_format', 'compression_mode', 'relative_file_paths', 'files', 'custom_data', 'ros_distro']
+        'version',
+        'storage_identifier',
+        'duration',
+        'starting_time',
+        'message_count',
+        'topics_with_message_count',
+        'compression_format',
+        'compression_mode',
+        'relative_file_paths',
+        'files',
+        'custom_data',
+        'ros_distro',
+    ]
     assert '&' not in text and '*' not in text  # YAML aliases
     assert information['version'] == 9 and information['relative_file_paths'] == ['bag_0.mcap']
     assert information['custom_data'] == {'success': 'true', 'contract_hash': '0123'}
@@ -82,7 +113,9 @@ def test_metadata_as_rosbag2_writes_it(tmp_path):
         assert reader.get_header().profile == 'ros2'
         for channel in reader.get_summary().channels.values():
             assert yaml.safe_load(channel.metadata['offered_qos_profiles']) == [qos()]
-            assert channel.metadata['topic_type_hash'] == topics[channel.topic]['topic_metadata']['type_description_hash']
+            assert (
+                channel.metadata['topic_type_hash'] == topics[channel.topic]['topic_metadata']['type_description_hash']
+            )
         (record,) = reader.iter_metadata()
         assert yaml.safe_load(record.metadata['serialized_metadata']) == information
 
@@ -102,7 +135,7 @@ def test_a_killed_recording_is_readable_up_to_the_last_chunk(tmp_path):
     assert not (tmp_path / 'bag').exists()
     read = 0
     with open(writer.part / 'bag_0.mcap', 'rb') as file:
-        with pytest.raises(Exception):
+        with pytest.raises((EndOfFile, struct.error)):
             for record in StreamReader(file, validate_crcs=True).records:
                 read += type(record).__name__ == 'Message'
     assert read > 1600
@@ -117,7 +150,7 @@ def test_discard_and_names(tmp_path):
     with pytest.raises(BagError, match='exists already'):
         BagWriter(tmp_path / 'bag', TYPES)
     writer = BagWriter(tmp_path / 'empty', TYPES)
-    with pytest.raises(BagError, match='topic /x was not declared'):
+    with pytest.raises(BagError, match='/x was not declared'):
         writer.write('/x', b'', 0, 0)
     with pytest.raises(BagError, match='no definition of a/msg/B'):
         writer.add_topic('/x', 'a/msg/B')
@@ -135,7 +168,7 @@ def test_damage_is_named(tmp_path):
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 3] ^= 1
-    for content in (bytes(flipped), whole[:len(whole) * 7 // 10], whole[:10], b''):
+    for content in (bytes(flipped), whole[: len(whole) * 7 // 10], whole[:10], b''):
         file.write_bytes(content)
         with pytest.raises(BagError, match='bag_0.mcap: damaged'):
             list(read_bag(path))

@@ -44,8 +44,8 @@ def test_it_learns_a_function():
     optimizer = torch.optim.Adam(bc.parameters(), lr=3e-3)
     for _ in range(200):
         s = torch.rand(64, 1) * 2 - 1
-        batch = {'observation': {'state': s[:, None].expand(64, 2, 2)}, 'action': (s * ramp)[..., None].expand(64, 8, 3),
-                 'valid': torch.ones(64, 8, dtype=torch.bool)}
+        batch = {'observation': {'state': s[:, None].expand(64, 2, 2)},
+                 'action': (s * ramp)[..., None].expand(64, 8, 3), 'valid': torch.ones(64, 8, dtype=torch.bool)}
         optimizer.zero_grad()
         bc.loss(batch)['loss'].backward()
         optimizer.step()

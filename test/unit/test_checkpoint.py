@@ -25,7 +25,8 @@ def test_a_loaded_policy_gives_equal_chunks(make, tmp_path):
     observation, noise = {'state': torch.randn(3, 2, 2)}, torch.randn(3, 8, 3)
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in policy.state_dict().items())
     # The tensors lie differently in memory, which may change the order of a sum: equal to the last bits.
-    torch.testing.assert_close(loaded.predict(observation, noise=noise), policy.predict(observation, noise=noise), rtol=1e-5, atol=1e-6)
+    expected = policy.predict(observation, noise=noise)
+    torch.testing.assert_close(loaded.predict(observation, noise=noise), expected, rtol=1e-5, atol=1e-6)
     assert (loaded.kind, loaded.spec, loaded.config, loaded.extra) == (policy.kind, policy.spec, policy.config, EXTRA)
     assert loaded.hash == policy.hash and len(policy.hash) == 16
 
@@ -72,7 +73,8 @@ def test_damage_is_refused(damage, message, tmp_path):
 def test_another_version_is_refused(tmp_path):
     checkpoint.save(tmp_path / 'p', make_flow(), EXTRA)
     file = tmp_path / 'p' / 'policy.json'
-    for key, value, message in (('format', 99, 'format is 99; this version reads 1'), ('kind', 'act', "kind is 'act'; valid: bc, flow")):
+    for key, value, message in (('format', 99, 'format is 99; this version reads 1'),
+                                ('kind', 'act', "kind is 'act'; valid: bc, flow")):
         description = json.loads(file.read_text())
         description[key] = value
         description['hash'] = checkpoint._hash(description)
@@ -92,7 +94,8 @@ def test_other_folders_are_not_overwritten(tmp_path):
 
 
 def test_killed_while_saving_it_leaves_whole_checkpoints_only(tmp_path):
-    program = ('import sys, itertools\nfrom test_flow import make_flow\nfrom il_policies import checkpoint\npolicy = make_flow()\n'
+    program = ('import itertools\nfrom test_flow import make_flow\nfrom il_policies import checkpoint\n'
+               'policy = make_flow()\n'
                f'for i in itertools.count(): checkpoint.save(r"{tmp_path}/" + str(i), policy, {{}})\n')
     process = subprocess.Popen([sys.executable, '-c', program], cwd=__file__.rpartition('/')[0])
     deadline = time.monotonic() + 60

@@ -34,7 +34,8 @@ def il(capsys):
 
 
 def test_help_names_the_commands_without_torch():
-    program = ('import sys\nfrom il_policies import cli\ntry: cli.main(["--help"])\nexcept SystemExit as end: assert end.code == 0\n'
+    program = ('import sys\nfrom il_policies import cli\n'
+               'try: cli.main(["--help"])\nexcept SystemExit as end: assert end.code == 0\n'
                'assert not {"torch", "mujoco", "cv2", "pyarrow"} & set(sys.modules)')
     result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -82,8 +83,8 @@ def test_wrong_arguments_are_explained(il, dataset):
 
 
 def test_train_makes_a_checkpoint(il, dataset, tmp_path):
-    code, out, _ = il('train', dataset, '--output', tmp_path / 'p', '--policy', 'bc', '--steps', 10, '--down-dims', 16, 32,
-                      '--threads', 1, '--where', 'side=left')
+    code, out, _ = il('train', dataset, '--output', tmp_path / 'p', '--policy', 'bc', '--steps', 10, '--down-dims', 16,
+                      32, '--threads', 1, '--where', 'side=left')
     assert code == 0 and '10 steps' in out and '4 episodes' in out
     description = json.loads((tmp_path / 'p' / 'policy.json').read_text())
     assert description['kind'] == 'bc' and description['config']['unet']['down_dims'] == [16, 32]
@@ -95,15 +96,18 @@ def test_import_npz(il, tmp_path, root):
     rows = 20
     np.savez(tmp_path / 'demo.npz', state=np.random.rand(rows, 5), keypoint=np.random.rand(rows, 9, 2),
              action=np.random.rand(rows, 2), episode_ends=np.array([8, rows]))
-    code, out, _ = il('import', 'npz', tmp_path / 'demo.npz', tmp_path / 'out', '--mapping', root / 'config/imports/pusht.yaml')
+    mapping = root / 'config/imports/pusht.yaml'
+    code, out, _ = il('import', 'npz', tmp_path / 'demo.npz', tmp_path / 'out', '--mapping', mapping)
     assert code == 0 and '2 episodes, 20 rows at 10 Hz' in out
 
 
 def test_as_a_process(dataset, tmp_path):
     """Exit codes reach the shell; Ctrl-C is one line and 130, and leaves nothing."""
-    result = subprocess.run([*MODULE, 'train', str(tmp_path), '--output', str(tmp_path / 'p')], capture_output=True, text=True)
+    output = str(tmp_path / 'p')
+    result = subprocess.run([*MODULE, 'train', str(tmp_path), '--output', output, '--steps', '1'], capture_output=True,
+                            text=True)
     assert result.returncode == 2 and result.stderr.strip().endswith('no dataset here (dataset.json is absent)')
-    process = subprocess.Popen([*MODULE, 'train', str(dataset), '--output', str(tmp_path / 'p'), '--minutes', '0.2', '--threads',
+    process = subprocess.Popen([*MODULE, 'train', str(dataset), '--output', output, '--minutes', '0.2', '--threads',
                                 '1', '--down-dims', '16', '32'], stderr=subprocess.PIPE, text=True)
     assert '10%' in process.stderr.readline()
     process.send_signal(signal.SIGINT)

@@ -5,12 +5,13 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
-
 from il_policies.contract import Stream
 from il_policies.data.decode import DecodeError, decode, decode_jpeg, stamp_of
 from recordings import TYPES, compressed, header, joint_state, jpeg, picture, point
 
-JOINTS = Stream(topic='joint_states', type='sensor_msgs/msg/JointState', rate=100, max_age=0.1, field='position', names=('a', 'b'))
+JOINTS = Stream(
+    topic='joint_states', type='sensor_msgs/msg/JointState', rate=100, max_age=0.1, field='position', names=('a', 'b')
+)
 POINT = Stream(topic='goal', type='geometry_msgs/msg/PointStamped', rate=10, max_age=0.1, fields=('point.y', 'point.x'))
 CAMERA = Stream(topic='camera', type='sensor_msgs/msg/CompressedImage', rate=10, max_age=0.1, image_size=(8, 12))
 
@@ -26,12 +27,16 @@ def test_joints_by_name():
     assert decode(joint_state(1, ['c', 'b', 'a'], [3.0, 2.0, 1.0]), JOINTS).tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize('names, values, words', [
-    (['a', 'c'], [1, 2], r"joint_states: no joints \['b'\]; the message has \['a', 'c'\]"),
-    (['a', 'b', 'a'], [1, 2, 3], r"joints \['a'\] occur more than once"),
-    (['a', 'b'], [], '0 values of position for 2 names'),
-    (['a', 'b'], [1, np.nan], 'not finite: b = nan'),
-    (['a', 'b'], [np.inf, 1], 'not finite: a = inf')])
+@pytest.mark.parametrize(
+    'names, values, words',
+    [
+        (['a', 'c'], [1, 2], r"joint_states: no joints \['b'\]; the message has \['a', 'c'\]"),
+        (['a', 'b', 'a'], [1, 2, 3], r"joints \['a'\] occur more than once"),
+        (['a', 'b'], [], '0 values of position for 2 names'),
+        (['a', 'b'], [1, np.nan], 'not finite: b = nan'),
+        (['a', 'b'], [np.inf, 1], 'not finite: a = inf'),
+    ],
+)
 def test_joints_refused(names, values, words):
     with pytest.raises(DecodeError, match=words):
         decode(joint_state(1, names, values), JOINTS)

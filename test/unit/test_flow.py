@@ -16,8 +16,8 @@ torch.set_num_threads(1)  # these nets are too small to share between cores
 
 
 def make_spec(**changes) -> PolicySpec:
-    values = {'features': {'state': (2,)}, 'action_names': ('a', 'b', 'c'), 'horizon': 8, 'history': 2, 'step_period': 0.1,
-              'action_offset': 0.0}
+    values = {'features': {'state': (2,)}, 'action_names': ('a', 'b', 'c'), 'horizon': 8, 'history': 2,
+              'step_period': 0.1, 'action_offset': 0.0}
     return PolicySpec(**{**values, **changes})
 
 
@@ -103,7 +103,8 @@ def test_padded_steps_are_no_targets():
     outputs = []
     flow.net.register_forward_hook(lambda module, inputs, output: outputs.append(output) or output.retain_grad())
     valid = torch.arange(8)[None] < torch.tensor([8, 1, 3, 5, 8, 2])[:, None]
-    flow.loss({'observation': {'state': torch.randn(6, 2, 2)}, 'action': torch.randn(6, 8, 3), 'valid': valid})['loss'].backward()
+    batch = {'observation': {'state': torch.randn(6, 2, 2)}, 'action': torch.randn(6, 8, 3), 'valid': valid}
+    flow.loss(batch)['loss'].backward()
     assert ((outputs[0].grad.abs().sum(dim=-1) > 0) == valid).all()
 
 
@@ -142,7 +143,8 @@ def test_two_modes_are_kept_where_regression_averages_them():
             optimizer.step()
         policies.append(policy.eval())
     flow, bc = policies
-    samples = flow.predict({'state': torch.zeros(200, 1, 1)}, noise=torch.randn(200, 4, 1, generator=rng)).mean(dim=(1, 2))
+    noise = torch.randn(200, 4, 1, generator=rng)
+    samples = flow.predict({'state': torch.zeros(200, 1, 1)}, noise=noise).mean(dim=(1, 2))
     assert 60 <= (samples > 0).sum() <= 140
     assert ((samples.abs() - 1).abs() < 0.3).float().mean() > 0.85
     assert bc.predict({'state': torch.zeros(1, 1, 1)}).abs().max() < 0.35

@@ -2,20 +2,31 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from il_policies.contract import ContractError, from_dict
 from il_policies.data.importers import NpzMapping, import_npz, load_mapping
 from il_policies.data.store import DataError, Dataset
 
-MAPPING = {'fps': 5, 'episode_ends': 'ends', 'action': {'array': 'act', 'names': ['u', 'v']}, 'action_offset': 0.2,
-           'observations': {'pose': {'array': 'state', 'sin_cos': [1], 'names': ['x', 'sin', 'cos', 'y']}, 'points': {'array': 'kp'}}}
+MAPPING = {
+    'fps': 5,
+    'episode_ends': 'ends',
+    'action': {'array': 'act', 'names': ['u', 'v']},
+    'action_offset': 0.2,
+    'observations': {
+        'pose': {'array': 'state', 'sin_cos': [1], 'names': ['x', 'sin', 'cos', 'y']},
+        'points': {'array': 'kp'},
+    },
+}
 
 
 @pytest.fixture
 def arrays() -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
-    return {'act': random.normal(size=(9, 2)), 'state': random.normal(size=(9, 3)).astype(np.float32),
-            'kp': random.integers(0, 9, size=(9, 4, 2)), 'ends': np.array([4, 9])}
+    return {
+        'act': random.normal(size=(9, 2)),
+        'state': random.normal(size=(9, 3)).astype(np.float32),
+        'kp': random.integers(0, 9, size=(9, 4, 2)),
+        'ends': np.array([4, 9]),
+    }
 
 
 def run(tmp_path, arrays, mapping=MAPPING) -> Dataset:
@@ -30,7 +41,9 @@ def test_import(tmp_path, arrays):
     assert dataset.info.features['points'].shape == (8,)
     table = dataset.lowdim(1)
     state = arrays['state'][4:]
-    np.testing.assert_allclose(table['pose'], np.stack([state[:, 0], np.sin(state[:, 1]), np.cos(state[:, 1]), state[:, 2]], 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        table['pose'], np.stack([state[:, 0], np.sin(state[:, 1]), np.cos(state[:, 1]), state[:, 2]], 1), rtol=1e-6
+    )
     np.testing.assert_array_equal(table['points'], arrays['kp'][4:].reshape(5, 8))
     np.testing.assert_array_equal(table['action'], arrays['act'][4:].astype(np.float32))
     np.testing.assert_array_equal(table['stamp'], np.arange(5) * 200_000_000)
@@ -42,12 +55,16 @@ def test_without_mapping_the_file_explains_itself(tmp_path, arrays):
     assert 'kp: int64, shape (9, 4, 2)' in str(error.value) and 'episode_ends: ' in str(error.value)
 
 
-@pytest.mark.parametrize('change, words', [
-    ({'action': {'array': 'nope'}}, "no array 'nope'; there are: act, state, kp, ends"),
-    ({'episode_ends': 'act'}, 'must be rising integers ending at the number of rows, 9'),
-    ({'action': {'array': 'ends'}}, 'pose has 9 rows, the action 2'),
-    ({'action': {'array': 'act', 'names': ['u']}}, 'act has 2 entries'),
-    ({'observations': {'pose': {'array': 'state', 'sin_cos': [3]}}}, r'sin_cos names columns \[3\]')])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'action': {'array': 'nope'}}, "no array 'nope'; there are: act, state, kp, ends"),
+        ({'episode_ends': 'act'}, 'must be rising integers ending at the number of rows, 9'),
+        ({'action': {'array': 'ends'}}, 'pose has 9 rows, the action 2'),
+        ({'action': {'array': 'act', 'names': ['u']}}, 'act has 2 entries'),
+        ({'observations': {'pose': {'array': 'state', 'sin_cos': [3]}}}, r'sin_cos names columns \[3\]'),
+    ],
+)
 def test_refused_with_nothing_left(tmp_path, arrays, change, words):
     with pytest.raises(DataError, match=words):
         run(tmp_path, arrays, {**MAPPING, **change})
@@ -85,4 +102,6 @@ def test_pusht(tmp_path, root):
     pose = dataset.lowdim(0)['pose']
     assert pose.shape == (161, 6)
     np.testing.assert_allclose(np.hypot(pose[:, 4], pose[:, 5]), 1, rtol=1e-6)
-    np.testing.assert_allclose(pose[0], [222, 97, 222.99382, 381.59903, np.sin(3.0079994), np.cos(3.0079994)], rtol=1e-5)
+    np.testing.assert_allclose(
+        pose[0], [222, 97, 222.99382, 381.59903, np.sin(3.0079994), np.cos(3.0079994)], rtol=1e-5
+    )

@@ -24,7 +24,7 @@ def test_resampling_by_time_against_interpolation(seed):
 
 
 def test_the_warm_start_is_the_previous_chunk_by_time():
-    """The second chunk is what the policy gives for the first one, shifted 3 steps by hand, with the planner's own noise."""
+    """The second chunk is what the policy gives for the first, shifted 3 steps by hand, with the planner's noise."""
     flow = make_flow()
     planner = Planner(flow, 'warm_start', tau=0.5, seed=7)
     first, second = planner.plan(OBSERVATION, 10.0), planner.plan(OBSERVATION, 10.3)
@@ -72,7 +72,8 @@ def test_regression_plans_too():
     np.testing.assert_array_equal(planner.plan(OBSERVATION, 0.0), planner.plan(OBSERVATION, 0.4))
 
 
-@pytest.mark.parametrize(('wrong', 'message'), [({'noise': 'none'}, "noise is 'none'; valid: warm_start"), ({'tau': 1.0}, 'tau')])
+@pytest.mark.parametrize(('wrong', 'message'), [({'noise': 'none'}, "noise is 'none'; valid: warm_start"),
+                                                ({'tau': 1.0}, 'tau')])
 def test_wrong_settings_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         Planner(make_flow(), **wrong)

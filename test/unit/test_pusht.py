@@ -30,7 +30,7 @@ def make_policy(features, actions=('x', 'y'), period=0.1) -> Flow:
 
 
 def test_replayed_human_actions_give_the_recorded_states_and_score(demonstrations):
-    """The recorded states and keypoints are the truth, for the physics, the way of setting a state, and what is observed."""
+    """The recording is the truth: for the physics, the way of setting a state, and what is observed."""
     state, action = demonstrations['state'].astype(float), demonstrations['action']
     keypoints = demonstrations['keypoint'].reshape(len(state), -1)
     end = int(demonstrations['episode_ends'][0])
@@ -43,7 +43,8 @@ def test_replayed_human_actions_give_the_recorded_states_and_score(demonstration
         assert np.abs(difference).max() < 1e-3
         observation = env.observation()
         np.testing.assert_allclose(observation['keypoints'], keypoints[t], atol=0.1)
-        np.testing.assert_allclose(observation['pose'], [*state[t, :4], np.sin(state[t, 4]), np.cos(state[t, 4])], atol=1e-2)
+        pose = [*state[t, :4], np.sin(state[t, 4]), np.cos(state[t, 4])]
+        np.testing.assert_allclose(observation['pose'], pose, atol=1e-2)
         best = max(best, env.step(action[t]))
     assert best > 0.9
 
@@ -59,7 +60,7 @@ def test_starts_are_those_of_the_protocol():
     np.testing.assert_allclose(env.state[:4], expected[:4], atol=1e-9)
     np.testing.assert_allclose(env.state[4], expected[4] % (2 * np.pi), atol=1e-9)
     env.reset(np.array(expected), legacy=True)
-    assert np.abs(env.state[2:4] - expected[2:4]).max() > 5, 'setting the angle last moves the block about its centre of mass'
+    assert np.abs(env.state[2:4] - expected[2:4]).max() > 5, 'setting the angle last moves the block'
     np.testing.assert_allclose(env.state[4], expected[4] % (2 * np.pi), atol=0.1)
 
 
@@ -67,7 +68,8 @@ def test_an_episode_does_not_depend_on_the_others():
     policy = make_policy({'pose': (6,), 'keypoints': (18,)})
     result = evaluate(policy, 'pusht', episodes=3, seed=100000)
     again = evaluate_pusht(policy, episodes=1, seed=100001)
-    assert result['episodes'] == 3 and len(result['scores']) == 3 and result['score'] == pytest.approx(np.mean(result['scores']))
+    assert result['episodes'] == 3 and len(result['scores']) == 3
+    assert result['score'] == pytest.approx(np.mean(result['scores']))
     assert all(0.0 <= score <= 1.0 for score in result['scores'])
     assert again['scores'][0] == pytest.approx(result['scores'][1], abs=1e-3)
 

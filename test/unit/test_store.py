@@ -5,23 +5,45 @@ import shutil
 
 import numpy as np
 import pytest
-
-from il_policies.data.store import ActionInfo, DataError, Dataset, DatasetInfo, Feature, create, remove_episode, write_episode
+from il_policies.data.store import (
+    ActionInfo,
+    DataError,
+    Dataset,
+    DatasetInfo,
+    Feature,
+    create,
+    remove_episode,
+    write_episode,
+)
 from recordings import jpeg, picture
 
-INFO = DatasetInfo(fps=10.0, features={'pose': Feature((3,), 'lowdim', ('x', 'y', 'z')), 'front': Feature((8, 12, 3), 'image')},
-                   action=ActionInfo(('u', 'v'), 0.1), label='command')
+INFO = DatasetInfo(
+    fps=10.0,
+    features={'pose': Feature((3,), 'lowdim', ('x', 'y', 'z')), 'front': Feature((8, 12, 3), 'image')},
+    action=ActionInfo(('u', 'v'), 0.1),
+    label='command',
+)
 
 
 def episode(T: int, seed: int = 0) -> dict:
     random = np.random.default_rng(seed)
-    return {'lowdim': {'pose': random.normal(size=(T, 3))}, 'action': random.normal(size=(T, 2)),
-            'stamps': 10**18 + np.arange(T) * 10**8, 'filled': np.arange(T) == 1,
-            'images': {'front': [jpeg(picture(10 * t)) for t in range(T)]}}
+    return {
+        'lowdim': {'pose': random.normal(size=(T, 3))},
+        'action': random.normal(size=(T, 2)),
+        'stamps': 10**18 + np.arange(T) * 10**8,
+        'filled': np.arange(T) == 1,
+        'images': {'front': [jpeg(picture(10 * t)) for t in range(T)]},
+    }
 
 
 def write(path, index: int = 0, meta=None, **changes):
-    write_episode(path, index, **{**episode(4, index), **changes}, meta=meta or {'task': 'reach', 'success': True}, report={'n': 4})
+    write_episode(
+        path,
+        index,
+        **{**episode(4, index), **changes},
+        meta=meta or {'task': 'reach', 'success': True},
+        report={'n': 4},
+    )
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -30,7 +52,10 @@ def test_what_is_written_is_read(tmp_path):
     write(tmp_path / 'd', 0, {'task': 'reach', 'success': False, 'source': 'bag'})
     dataset = Dataset(tmp_path / 'd')
     assert dataset.info == INFO
-    assert [(e['index'], e['length'], e['success'], e['source']) for e in dataset.episodes] == [(0, 4, False, 'bag'), (1, 4, True, '')]
+    assert [(e['index'], e['length'], e['success'], e['source']) for e in dataset.episodes] == [
+        (0, 4, False, 'bag'),
+        (1, 4, True, ''),
+    ]
     for i in range(2):
         table, written = dataset.lowdim(i), episode(4, i)
         np.testing.assert_array_equal(table['pose'], written['lowdim']['pose'].astype(np.float32))
@@ -62,13 +87,17 @@ def test_hash_is_of_the_content_only(tmp_path):
     assert a == b != c
 
 
-@pytest.mark.parametrize('changes, words', [
-    ({'lowdim': {}}, r"low-dimensional features are \[\], must be \['pose'\]"),
-    ({'lowdim': {'pose': np.zeros((4, 2))}}, r'pose has shape \(4, 2\), must be \(4, 3\)'),
-    ({'action': np.array([[0, 0], [0, 0], [0, np.nan], [0, 0]])}, 'action is not finite in row 2'),
-    ({'stamps': np.array([0, 2, 2, 3])}, 'stamps must rise; row 2 does not'),
-    ({'images': {'front': [b'']}}, '1 images of front for 4 rows'),
-    ({'filled': np.zeros(3, bool)}, '4 stamps, 3 filled flags')])
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        ({'lowdim': {}}, r"low-dimensional features are \[\], must be \['pose'\]"),
+        ({'lowdim': {'pose': np.zeros((4, 2))}}, r'pose has shape \(4, 2\), must be \(4, 3\)'),
+        ({'action': np.array([[0, 0], [0, 0], [0, np.nan], [0, 0]])}, 'action is not finite in row 2'),
+        ({'stamps': np.array([0, 2, 2, 3])}, 'stamps must rise; row 2 does not'),
+        ({'images': {'front': [b'']}}, '1 images of front for 4 rows'),
+        ({'filled': np.zeros(3, bool)}, '4 stamps, 3 filled flags'),
+    ],
+)
 def test_refused_whole(tmp_path, changes, words):
     create(tmp_path, INFO)
     with pytest.raises(DataError, match=words):

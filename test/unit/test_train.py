@@ -22,8 +22,9 @@ def quiet(spent, step, loss):
 
 def make_dataset(path) -> Dataset:
     """Eight episodes of a point driven along a sine; the first four are labelled left, the others right."""
-    create(path, DatasetInfo(fps=10.0, features={'state': Feature((2,), 'lowdim'), 'front': Feature((8, 8, 3), 'image')},
-                             action=ActionInfo(('a',), 0.1), label='command', contract={'robot': 'point'}, contract_hash='c0'))
+    features = {'state': Feature((2,), 'lowdim'), 'front': Feature((8, 8, 3), 'image')}
+    create(path, DatasetInfo(fps=10.0, features=features, action=ActionInfo(('a',), 0.1), label='command',
+                             contract={'robot': 'point'}, contract_hash='c0'))
     image = cv2.imencode('.jpg', np.zeros((8, 8, 3), np.uint8))[1].tobytes()
     for index in range(8):
         t = np.arange(30) / 10 + index
@@ -50,8 +51,10 @@ def test_the_loss_falls_and_the_checkpoint_tells_the_facts(policy, dataset, tmp_
     assert loaded.extra['dataset_hash'] == dataset.hash
     facts = loaded.extra['training']
     assert (facts['steps'], facts['episodes'], facts['windows']) == (120, 8, 240)
-    assert loaded.spec.features == {'state': (2,)} and loaded.spec.step_period == 0.1 and loaded.spec.action_offset == 0.1
+    assert loaded.spec.features == {'state': (2,)}
+    assert loaded.spec.step_period == 0.1 and loaded.spec.action_offset == 0.1
     assert all(p.isfinite().all() for p in loaded.parameters())
+    assert all(p.is_leaf and not p.requires_grad for p in trained.parameters()), 'the average must hold no graph'
 
 
 def test_seeds_reproduce(dataset):
@@ -65,7 +68,8 @@ def test_seeds_reproduce(dataset):
 
 def test_a_budget_of_time_ends_in_time(dataset):
     spent = []
-    train(dataset, TrainConfig(unet=SMALL, minutes=0.01, horizon=8, threads=1), progress=lambda s, step, loss: spent.append(s))
+    config = TrainConfig(unet=SMALL, minutes=0.01, horizon=8, threads=1)
+    train(dataset, config, progress=lambda s, step, loss: spent.append(s))
     assert spent[-1] >= 1.0 and all(s < 1.0 for s in spent[:-1]) and spent == sorted(spent)
 
 
@@ -103,7 +107,8 @@ def test_what_cannot_be_trained_is_named(dataset):
         train(dataset, TrainConfig(observations=('front',), steps=1), progress=quiet)
     with pytest.raises(TrainError, match='no budget'):
         train(dataset, TrainConfig(), progress=quiet)
-    for wrong, message in (({'steps': 0}, 'steps is 0'), ({'where': ('left',)}, 'field=value'), ({'ema_decay': 1.0}, 'ema_decay')):
+    for wrong, message in (({'steps': 0}, 'steps is 0'), ({'where': ('left',)}, 'field=value'),
+                           ({'ema_decay': 1.0}, 'ema_decay')):
         with pytest.raises(ValueError, match=message):
             TrainConfig(**wrong)
 

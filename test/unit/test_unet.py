@@ -13,8 +13,8 @@ def test_conv_is_torchs_convolution(kernel_size, stride):
     conv = Conv(4, 6, kernel_size, stride)
     x = torch.randn(3, 8, 4)
     weight = conv.linear.weight.view(6, kernel_size, 4).transpose(1, 2)
-    expected = F.conv1d(x.transpose(1, 2), weight, conv.linear.bias, stride=stride, padding=kernel_size // 2).transpose(1, 2)
-    torch.testing.assert_close(conv(x), expected)
+    expected = F.conv1d(x.transpose(1, 2), weight, conv.linear.bias, stride=stride, padding=kernel_size // 2)
+    torch.testing.assert_close(conv(x), expected.transpose(1, 2))
 
 
 def test_upsampling_is_a_transposed_convolution():
@@ -65,8 +65,8 @@ def test_horizon_that_cannot_be_halved_is_refused():
         UNet(3, 7, 18, UNetConfig((16, 32, 64)), True)
 
 
-@pytest.mark.parametrize(('wrong', 'message'), [({'down_dims': (30,)}, 'multiples of groups'), ({'kernel_size': 4}, 'odd'),
-                                                ({'blocks': 0}, 'blocks')])
+@pytest.mark.parametrize(('wrong', 'message'), [({'down_dims': (30,)}, 'multiples of groups'),
+                                                ({'kernel_size': 4}, 'odd'), ({'blocks': 0}, 'blocks')])
 def test_config_is_validated(wrong, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig(**wrong)

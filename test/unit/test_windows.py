@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from il_policies.data.store import ActionInfo, DataError, Dataset, DatasetInfo, Feature, create, write_episode
 from il_policies.data.windows import Windows
 from recordings import jpeg, picture
@@ -16,12 +15,28 @@ LENGTHS = (3, 1, 7)
 def dataset(tmp_path_factory) -> Dataset:
     """Entries tell episode and row: x = 100·episode + row, action = -x, image grey 10·row + 80·episode."""
     path = tmp_path_factory.mktemp('windows')
-    create(path, DatasetInfo(fps=10.0, features={'x': Feature((1,), 'lowdim'), 'front': Feature((8, 12, 3), 'image')},
-                             action=ActionInfo(('u',)), label='command'))
+    create(
+        path,
+        DatasetInfo(
+            fps=10.0,
+            features={'x': Feature((1,), 'lowdim'), 'front': Feature((8, 12, 3), 'image')},
+            action=ActionInfo(('u',)),
+            label='command',
+        ),
+    )
     for e, T in enumerate(LENGTHS):
         x = 100.0 * e + np.arange(T)[:, None]
-        write_episode(path, e, {'x': x}, -x, np.arange(T), np.zeros(T, bool),
-                      {'front': [jpeg(picture(10 * t + 80 * e)) for t in range(T)]}, {}, {})
+        write_episode(
+            path,
+            e,
+            {'x': x},
+            -x,
+            np.arange(T),
+            np.zeros(T, bool),
+            {'front': [jpeg(picture(10 * t + 80 * e)) for t in range(T)]},
+            {},
+            {},
+        )
     return Dataset(path)
 
 
@@ -36,8 +51,15 @@ def test_against_brute_force(dataset, history, horizon, chosen):
         for t in range(LENGTHS[e]):
             past = [max(t - history + 1 + k, 0) for k in range(history)]
             assert batch['observation']['x'][row, :, 0].tolist() == [100 * e + p for p in past]
-            assert np.abs(batch['observation']['front'][row, :, 0, 0, 0].astype(int) - [10 * p + 80 * e for p in past]).max() <= 1
-            assert batch['action'][row, :, 0].tolist() == [-(100 * e + min(t + k, LENGTHS[e] - 1)) for k in range(horizon)]
+            assert (
+                np.abs(
+                    batch['observation']['front'][row, :, 0, 0, 0].astype(int) - [10 * p + 80 * e for p in past]
+                ).max()
+                <= 1
+            )
+            assert batch['action'][row, :, 0].tolist() == [
+                -(100 * e + min(t + k, LENGTHS[e] - 1)) for k in range(horizon)
+            ]
             assert batch['valid'][row].tolist() == [t + k < LENGTHS[e] for k in range(horizon)]
             row += 1
     assert row == len(windows)
@@ -46,7 +68,9 @@ def test_against_brute_force(dataset, history, horizon, chosen):
 def test_shapes_and_types(dataset):
     batch = Windows(dataset, ['front', 'x'], 2, 4).batch([5, 0, 5])
     assert {name: (value.shape, value.dtype) for name, value in batch['observation'].items()} == {
-        'x': ((3, 2, 1), np.float32), 'front': ((3, 2, 8, 12, 3), np.uint8)}
+        'x': ((3, 2, 1), np.float32),
+        'front': ((3, 2, 8, 12, 3), np.uint8),
+    }
     assert batch['action'].shape == (3, 4, 1) and batch['action'].dtype == np.float32
     assert batch['valid'].shape == (3, 4) and batch['valid'].dtype == bool
 

@@ -34,8 +34,8 @@ class CheckpointError(ValueError):
 def save(path: str | Path, policy: Policy, extra: dict) -> None:
     """Write a checkpoint folder, replacing an older checkpoint there; sets `policy.extra` and `policy.hash`.
 
-    Written to a temporary folder beside it, synced and renamed: killed at any time, it leaves no half-written checkpoint.
-    extra: JSON types. Raises CheckpointError if something else is at `path` or it cannot be written.
+    Written to a temporary folder beside it, synced and renamed: killed at any time, it leaves no half-written
+    checkpoint. extra: JSON types. Raises CheckpointError if something else is at `path` or it cannot be written.
     """
     path = Path(path).absolute()
     if path.exists() and not (path / DESCRIPTION).exists():

@@ -1,6 +1,7 @@
 """The `il` command: convert, train, evaluate, import npz.
 
-Each command imports what it needs when it runs, so that `il --help` is quick. Errors are one line on stderr and exit code 2.
+Each command imports what it needs when it runs, so that `il --help` is quick. Errors are one line on stderr and exit
+code 2.
 """
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from typing import Annotated
 import tyro
 
 
-def convert(bags: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional], contract: Path) -> None:
+def convert(bags: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional],
+            contract: Path) -> None:
     """Turn recorded bags into a dataset, one episode each; bags that cannot be used are named with the reason.
 
     Args:
@@ -44,14 +46,15 @@ def import_npz(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Pat
     Args:
         source: The .npz file: arrays with one row per step, and the ends of the episodes.
         out: Dataset to make.
-        mapping: YAML file that says what the arrays mean, such as config/imports/pusht.yaml; without it the arrays in the
-            file are listed.
+        mapping: YAML file that says what the arrays mean, such as config/imports/pusht.yaml; without it the arrays in
+            the file are listed.
     """
     from il_policies.data.importers import import_npz, load_mapping
 
     dataset = import_npz(source, out, load_mapping(mapping) if mapping else None)
     rows = sum(meta['length'] for meta in dataset.episodes)
-    print(f'{out}: {len(dataset)} episodes, {rows} rows at {dataset.info.fps:g} Hz, features {", ".join(dataset.info.features)}')
+    print(f'{out}: {len(dataset)} episodes, {rows} rows at {dataset.info.fps:g} Hz, features '
+          f'{", ".join(dataset.info.features)}')
 
 
 def train(argv: list[str]) -> None:
@@ -67,8 +70,8 @@ def train(argv: list[str]) -> None:
                          default=TrainCommand(tyro.MISSING, tyro.MISSING, config, Path(preset) if preset else None))
     policy = train(Dataset(arguments.dataset), arguments.config, arguments.output)
     facts = policy.extra['training']
-    print(f'{arguments.output}: {policy.kind} {policy.hash}, {facts["parameters"]} parameters, {facts["steps"]} steps in '
-          f'{facts["seconds"]:.0f} s on {facts["episodes"]} episodes, loss {facts["loss"]:.4f}')
+    print(f'{arguments.output}: {policy.kind} {policy.hash}, {facts["parameters"]} parameters, {facts["steps"]} steps '
+          f'in {facts["seconds"]:.0f} s on {facts["episodes"]} episodes, loss {facts["loss"]:.4f}')
 
 
 def evaluate(checkpoint: Annotated[Path, tyro.conf.Positional], task: str, episodes: int | None = None,
@@ -110,8 +113,9 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     'train': (train, 'dataset → checkpoint'),
     'evaluate': (evaluate, 'checkpoint → score in a simulated task'),
 }
-HELP = 'usage: il COMMAND [--help] …\n\n' + ''.join(f'  il {name:<12} {text}\n' for name, (_, text) in COMMANDS.items()) + \
-       '\nil COMMAND --help shows its arguments with units and defaults.'
+HELP = ('usage: il COMMAND [--help] …\n\n'
+        + ''.join(f'  il {name:<12} {what}\n' for name, (_, what) in COMMANDS.items())
+        + '\nil COMMAND --help shows its arguments with units and defaults.')
 
 
 def run(argv: Sequence[str]) -> None:

@@ -14,9 +14,9 @@ def evaluate_pusht(policy: Policy, episodes: int = 50, seed: int = 100000, strid
                    progress: Callable[[float], None] = lambda fraction: None) -> dict:
     """PushT under Diffusion Policy's protocol; all episodes are advanced together, with one prediction for all.
 
-    Start i is `legacy_start(seed + i)`, seed + i also seeds the policy's noise in it; 300 steps; of each chunk `stride` steps are
-    executed; an episode's score is the maximum over time of coverage / 0.95 clipped to 1. Returns protocol, mean score, scores,
-    and how many episodes exceeded 0.95 coverage (gym-pusht's "success", another metric).
+    Start i is `legacy_start(seed + i)`, and seed + i seeds the policy's noise in it; 300 steps; of each chunk `stride`
+    steps are executed; an episode's score is the maximum over time of coverage / 0.95 clipped to 1. Returns protocol,
+    mean score, scores, and how many episodes exceeded 0.95 coverage (gym-pusht's "success", another metric).
     Raises PolicyError if the policy is not one for PushT.
     """
     from il_policies.sim import pusht

@@ -14,6 +14,7 @@ import numpy as np
 from il_runtime.core.controller import Controller
 from il_runtime.core.ensembling import Chunk, Ensembler
 from il_runtime.core.mode import Mode
+from il_runtime.core.safety import limit_violations
 
 from il_policies.contract import Contract, ContractError, from_dict
 from il_policies.planner import Planner
@@ -69,25 +70,6 @@ class Episode:
 def scenes(episodes: int, seed: int) -> list[Scene]:
     """Starts and goals of an evaluation; the same for the same seed, whatever their number."""
     return [sample_scene(np.random.default_rng([seed, i])) for i in range(episodes)]
-
-
-def limit_violations(contract: Contract, commands: np.ndarray, stamps: np.ndarray | None = None) -> int:
-    """Commands (N, D) beyond a limit, judged by their differences alone. stamps (N,) [s]; None: one control period apart.
-
-    Relative rounding of 1e-6 is let pass. With stamps, a command that came a period late is judged by the time it took.
-    """
-    joints = contract.action_joints
-    if len(commands) == 0:
-        return 0
-    dt = np.full(len(commands) - 1, 1.0 / contract.control_rate) if stamps is None else np.diff(stamps)
-    low, high = np.array([joint.position for joint in joints]).T
-    bad = (commands < low) | (commands > high)
-    velocity = np.diff(commands, axis=0) / dt[:, None]
-    bad[1:] |= np.abs(velocity) > np.array([joint.velocity for joint in joints]) * (1 + 1e-6)
-    between = ((dt[1:] + dt[:-1]) / 2)[:, None]
-    # Rounding of positions near 1 rad shows as 1e-16/dt² in accelerations, far below the margin.
-    bad[2:] |= np.abs(np.diff(velocity, axis=0) / between) > np.array([joint.acceleration for joint in joints]) * (1 + 1e-6)
-    return int(bad.any(axis=1).sum())
 
 
 def run_episode(simulation: ReachAround, planner: Planner, contract: Contract, scene: Scene, execution: Execution,

@@ -18,12 +18,12 @@ class Planner:
     noise, for sampling policies:
     per_chunk   fresh noise for every chunk: consecutive chunks may choose different modes;
     per_epoch   one draw for the epoch;
-    warm_start  the previous chunk, resampled by time onto the new chunk's steps, is re-noised to flow time `tau` and denoised
-                from there: the mode is kept. The first chunk of an epoch is drawn from noise alone.
+    warm_start  the previous chunk, resampled by time onto the new chunk's steps, is re-noised to flow time `tau` and
+                denoised from there: the mode is kept. The first chunk of an epoch is drawn from noise alone.
     """
 
-    def __init__(self, policy: Policy, noise: Literal['warm_start', 'per_epoch', 'per_chunk'] = 'warm_start', tau: float = 0.5,
-                 seed: int = 0):
+    def __init__(self, policy: Policy, noise: Literal['warm_start', 'per_epoch', 'per_chunk'] = 'warm_start',
+                 tau: float = 0.5, seed: int = 0):
         """tau: flow time in [0, 1) at which a warm start enters; higher keeps more of the previous chunk.
 
         Raises ValueError for unknown modes or tau out of range.
@@ -48,10 +48,11 @@ class Planner:
     def plan(self, observation: dict[str, np.ndarray], start: float) -> np.ndarray:
         """Chunk (H, D) float64 in raw units.
 
-        observation: feature → (To, ...), oldest first. start: time of step 0 [s], on any clock, the same throughout an epoch.
+        observation: feature → (To, ...), oldest first. start: time of step 0 [s], on any clock, the same throughout an
+        epoch. Raises PolicyError for observations that do not fit.
         """
         spec = self.policy.spec
-        batch = {name: torch.from_numpy(np.ascontiguousarray(value, np.float32))[None] for name, value in observation.items()}
+        batch = {name: torch.from_numpy(np.array(value, np.float32))[None] for name, value in observation.items()}
         shape = (1, spec.horizon, len(spec.action_names))
         if self.noise == 'per_epoch':
             if self._epoch_noise is None:

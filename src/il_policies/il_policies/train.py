@@ -93,7 +93,8 @@ class TrainConfig:
             if not getattr(self, key) > 0:
                 raise ValueError(f'{key} is {getattr(self, key)}, must be > 0')
         if not 0.0 <= self.ema_decay < 1.0 or self.warmup_steps < 0:
-            raise ValueError(f'ema_decay is {self.ema_decay}, must be in [0, 1); warmup_steps is {self.warmup_steps}, must be ≥ 0')
+            raise ValueError(f'ema_decay is {self.ema_decay}, must be in [0, 1); warmup_steps is {self.warmup_steps}, '
+                             'must be at least 0')
         wrong = [pair for pair in self.where if '=' not in pair]
         if wrong:
             raise ValueError(f'where is {wrong}; must be field=value, such as side=left')
@@ -110,7 +111,7 @@ class TrainCommand:
     config: tyro.conf.OmitArgPrefixes[TrainConfig]
     """Everything else."""
     preset: Path | None = None
-    """YAML file that changes the defaults below, such as config/policies/flow.yaml; with it --help shows the new ones."""
+    """YAML file that changes the defaults below, such as config/policies/flow.yaml; --help then shows the new ones."""
 
 
 def train(dataset: Dataset, config: TrainConfig, output: str | Path | None = None,
@@ -152,14 +153,16 @@ def train(dataset: Dataset, config: TrainConfig, output: str | Path | None = Non
             loss = policy.loss(_select(data, chosen))['loss']
             value = loss.item()
             if not math.isfinite(value):
-                raise TrainError(f'the loss became {value} at step {step}; lower learning_rate ({config.learning_rate})')
+                raise TrainError(f'the loss became {value} at step {step}; learning_rate is {config.learning_rate}, '
+                                 'try less')
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, config.clip_norm)
             optimizer.step()
             step += 1
             decay = min(config.ema_decay, 1.0 - (1.0 + step) ** -config.ema_power)
-            torch._foreach_lerp_(averaged, weights, 1.0 - decay)
+            with torch.no_grad():  # else the average would keep the graph of every step
+                torch._foreach_lerp_(averaged, weights, 1.0 - decay)
 
             mean_loss += (value - mean_loss) * max(0.01, 1.0 / step)
             spent = budget_spent(config, step, time.perf_counter() - started)
@@ -207,9 +210,9 @@ def choose_episodes(dataset: Dataset, config: TrainConfig) -> list[int]:
 def make_policy(dataset: Dataset, config: TrainConfig, observations: tuple[str, ...], windows: Windows) -> Policy:
     """An untrained policy for a dataset, normalised by its windows. Raises PolicyError."""
     info = dataset.info
-    spec = PolicySpec(features={name: info.features[name].shape for name in observations}, action_names=info.action.names,
-                      horizon=config.horizon, history=config.history, step_period=1.0 / info.fps,
-                      action_offset=info.action.offset)
+    spec = PolicySpec(features={name: info.features[name].shape for name in observations},
+                      action_names=info.action.names, horizon=config.horizon, history=config.history,
+                      step_period=1.0 / info.fps, action_offset=info.action.offset)
     normalizer = Normalizer.fit({**windows.lowdim, 'action': windows.action})
     if config.policy == 'bc':
         return BC(spec, BCConfig(config.unet), normalizer)
@@ -244,13 +247,15 @@ def progress_bar(label: str) -> Iterator[Callable[[float, int, float], None]]:
             bar.update(task, completed=min(spent, 1.0), step=step, loss=loss)
             if not console.is_terminal and int(10 * spent) > tenth:
                 tenth = int(10 * spent)
-                print(f'{label}: {100 * min(spent, 1.0):.0f}%  step {step}  loss {loss:.4f}', file=sys.stderr, flush=True)
+                print(f'{label}: {100 * min(spent, 1.0):.0f}%  step {step}  loss {loss:.4f}', file=sys.stderr,
+                      flush=True)
 
         yield report
 
 
 def _tensors(batch: dict) -> dict:
-    return {key: _tensors(value) if isinstance(value, dict) else torch.from_numpy(value) for key, value in batch.items()}
+    return {key: _tensors(value) if isinstance(value, dict) else torch.from_numpy(value)
+            for key, value in batch.items()}
 
 
 def _select(data: dict, indices: Tensor) -> dict:

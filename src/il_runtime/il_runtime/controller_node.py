@@ -182,12 +182,13 @@ class ControllerNode(LifecycleNode):
         return self.get_clock().now().nanoseconds * 1e-9 if self.sim_time else time.monotonic()
 
     def _stamp_offset(self) -> int:
-        """From the loop's clock to stamps [ns]; follows a set wall clock, not the jitter of reading two clocks."""
+        """From the loop's clock to stamps [ns]; follows a wall clock that was set, not the jitter of reading two clocks."""
         if self.sim_time:
             return 0
         before = time.monotonic_ns()
         offset = self.get_clock().now().nanoseconds - before
-        if abs(offset - self.offset) > 1_000_000 and time.monotonic_ns() - before < 200_000:
+        # While armed the stamps of commands are as even as the commands, whatever slews the wall clock.
+        if abs(offset - self.offset) > (1_000_000 if self.controller.mode == Mode.INACTIVE else 50_000_000) and time.monotonic_ns() - before < 200_000:
             self.offset = offset
         return self.offset
 
@@ -229,10 +230,11 @@ class ControllerNode(LifecycleNode):
         if self.measured is not None:
             self.controller.joint_state(*self.measured)
         command = self.controller.tick(now, elapsed)
+        offset = self._stamp_offset()
         if command is not None:
             message = JointState(name=self.controller.joints, position=command, velocity=self.controller.gate.velocity)
             # Stamped with the tick it is for, so that differences of commands are exact velocities.
-            message.header.stamp = to_stamp(round(now * 1e9) + self._stamp_offset())
+            message.header.stamp = to_stamp(round(now * 1e9) + offset)
             self.output.publish(Float64MultiArray(data=command))
             self.commands.publish(message)
         if self.announced != (self.controller.mode, self.controller.epoch, self.controller.reason):

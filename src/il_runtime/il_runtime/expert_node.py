@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 
 import numpy as np
 import rclpy
@@ -21,7 +22,7 @@ from il_runtime.session import Session, SessionError
 SIDES = {'left': 1, 'right': -1}
 LEAD_S = 0.06
 """A trajectory starts this long after it is published, so that it has arrived when it starts [s]."""
-TASK = 'reach the goal behind the pillar'
+TASK = 'to the goal round the {side}'
 
 
 class ExpertNode(Node):
@@ -52,11 +53,25 @@ class ExpertNode(Node):
         return start + round((len(trajectory) - 1) * CONTROL_PERIOD * 1e9)
 
 
-def demonstrate(node: ExpertNode, session: Session, scene: Scene, trajectory: np.ndarray, name: str) -> str:
+def demonstrate(node: ExpertNode, session: Session, scene: Scene, trajectory: np.ndarray, task: str,
+                name: str) -> str:
     """Record one demonstration; what went wrong, in which case it is discarded, or ''."""
     session.disarm()
     session.reset(scene)
-    session.start_episode(TASK, name)
+    session.start_episode(task, name)
+    try:
+        problem = follow(node, session, trajectory)
+    except BaseException:  # Ctrl-C too: half a demonstration is none
+        session.silence_s = 1.0
+        with suppress(SessionError):
+            session.stop_episode(succeeded=False, discard=True)
+        raise
+    session.stop_episode(succeeded=not problem, discard=bool(problem))
+    return problem
+
+
+def follow(node: ExpertNode, session: Session, trajectory: np.ndarray) -> str:
+    """Arm, send the trajectory, wait until it is over; what went wrong, or ''."""
     end = node.publish(trajectory, session.arm())
 
     def over(controller: ControllerStatus, task) -> bool:
@@ -65,13 +80,10 @@ def demonstrate(node: ExpertNode, session: Session, scene: Scene, trajectory: np
 
     finished = session.wait_status(over, EPISODE_S)
     if session.task.touched:
-        problem = 'touched the pillar'
-    elif not finished or not session.task.reached:
-        problem = f'goal not reached, controller {session.describe()}'
-    else:
-        problem = ''
-    session.stop_episode(succeeded=not problem, discard=bool(problem))
-    return problem
+        return 'touched the pillar'
+    if not finished or not session.task.reached:
+        return f'goal not reached, controller {session.describe()}'
+    return ''
 
 
 def record_all(node: ExpertNode, session: Session) -> None:
@@ -84,7 +96,7 @@ def record_all(node: ExpertNode, session: Session) -> None:
         trajectory = expert(scene, SIDES[side], node.noise, np.random.default_rng([node.seed, number, 1]))
         label = f'demonstration {count + 1}/{node.demonstrations} {side}'
         for last_try in (False, True):
-            problem = demonstrate(node, session, scene, trajectory, f'scene_{number:04d}_{side}')
+            problem = demonstrate(node, session, scene, trajectory, TASK.format(side=side), f'scene_{number:04d}_{side}')
             if not problem:
                 break
             if last_try:
@@ -113,10 +125,9 @@ def main() -> None:
         print(f'expert_node: {error}', file=sys.stderr)
         sys.exit(1)
     finally:
-        try:
+        session.silence_s = 1.0
+        with suppress(SessionError):  # the controller may be what failed
             session.disarm()
-        except SessionError:
-            pass  # the controller is what failed, or is gone
         session.close()
         node.destroy_node()
         rclpy.try_shutdown()

@@ -1,8 +1,8 @@
 """Recorder: one rosbag2 bag (mcap) an episode, holding what the contract names, the commands, and what the system did.
 
-Messages are written as they arrive, serialised, without being decoded. Stamps in the bag: with a real clock the middleware's
-receive and source stamps; with use_sim_time both are the simulated time of arrival, since the source stamp is wall time and
-a bag must have one clock.
+Messages are written as they arrive, serialised, without being decoded. Stamps in the bag: with a real clock the
+middleware's receive and source stamps; with use_sim_time both are the simulated time of arrival, since the source stamp
+is wall time and a bag must have one clock.
 """
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import time
 from pathlib import Path
 
 from ament_index_python.packages import PackageNotFoundError, get_package_share_directory
-from il_msgs.msg import ActionChunk, ControllerStatus, TaskStatus
-from il_msgs.srv import StartEpisode, StopEpisode
+from il_policies.contract import ContractError, load_contract
+from il_policies.data.bag import BagError, BagWriter, add_definitions, standard_types
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import JointState
 
-from il_policies.contract import ContractError, load_contract
-from il_policies.data.bag import BagError, BagWriter, add_definitions, standard_types
+from il_msgs.msg import ActionChunk, ControllerStatus, TaskStatus
+from il_msgs.srv import StartEpisode, StopEpisode
 from il_runtime.ros import STATUS_QOS, chunk_qos, declare, run
 
-DEPTH = 100
-"""Messages that may wait while the disk is busy."""
+DEPTH = 1000
+"""Messages of a topic that may wait while the disk or the machine is busy: a second of the fastest joint states."""
 
 
 class RecorderNode(Node):
@@ -93,12 +93,13 @@ class RecorderNode(Node):
             return response
         name = request.name
         if not name:
-            taken = [int(found[1]) for path in self.output.iterdir() if (found := re.match(r'episode_(\d+)', path.name))]
-            name = f'episode_{max(taken, default=-1) + 1:06d}'
+            taken = [re.match(r'episode_(\d+)', path.name) for path in self.output.iterdir()]
+            name = f'episode_{max((int(found[1]) for found in taken if found), default=-1) + 1:06d}'
         try:
             writer = BagWriter(self.output / name, self.types)
             for topic, type_name in self.topics.items():
-                writer.add_topic(topic, type_name, [_profile(info.qos_profile) for info in self.get_publishers_info_by_topic(topic)])
+                publishers = self.get_publishers_info_by_topic(topic)
+                writer.add_topic(topic, type_name, [_profile(publisher.qos_profile) for publisher in publishers])
         except (BagError, OSError) as error:
             response.message = str(error)
             return response
@@ -184,8 +185,9 @@ def _profile(qos: QoSProfile) -> dict:
         return {'sec': duration.nanoseconds // 1_000_000_000, 'nsec': duration.nanoseconds % 1_000_000_000}
 
     return {'history': qos.history.name.lower(), 'depth': qos.depth, 'reliability': qos.reliability.name.lower(),
-            'durability': qos.durability.name.lower(), 'deadline': parts(qos.deadline), 'lifespan': parts(qos.lifespan),
-            'liveliness': qos.liveliness.name.lower(), 'liveliness_lease_duration': parts(qos.liveliness_lease_duration),
+            'durability': qos.durability.name.lower(), 'deadline': parts(qos.deadline),
+            'lifespan': parts(qos.lifespan), 'liveliness': qos.liveliness.name.lower(),
+            'liveliness_lease_duration': parts(qos.liveliness_lease_duration),
             'avoid_ros_namespace_conventions': qos.avoid_ros_namespace_conventions}
 
 

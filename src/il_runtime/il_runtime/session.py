@@ -19,8 +19,8 @@ from std_srvs.srv import Trigger
 from il_policies.sim.reach_around import Scene
 from il_runtime.ros import STATUS_QOS
 
-SILENCE_S = 10.0
-"""A service or status topic that says nothing for this long is given up [s, wall]."""
+PATIENCE_S = 5.0
+"""Recorder and controller refuse while a stream has just begun or lags; they are asked again for this long [s, wall]."""
 SETTLE_S = 0.1
 """From a reset until joint states of the new pose have reached everybody [s]."""
 MODES = {getattr(ControllerStatus, name): name for name in ('INACTIVE', 'HOLD', 'POLICY', 'TELEOP', 'STOPPING', 'FAULT')}
@@ -35,6 +35,8 @@ class Session:
 
     def __init__(self, node: Node):
         self.node = node
+        self.silence_s = 10.0
+        """A service or status topic that says nothing for this long is given up [s, wall]."""
         self.controller: ControllerStatus | None = None
         self.task: TaskStatus | None = None
         self._heard = {'controller/status': time.monotonic(), 'task_status': time.monotonic()}
@@ -64,8 +66,8 @@ class Session:
         return episode
 
     def arm(self) -> int:
-        """Arm the controller and wait until it holds; the epoch."""
-        epoch = self._call(self._arm, Arm.Request()).epoch
+        """Arm the controller and wait until it says so; the epoch."""
+        epoch = self._call(self._arm, Arm.Request(), PATIENCE_S).epoch
         if not self.wait_status(lambda controller, _: controller.epoch == epoch, 5.0):
             raise SessionError(f'controller/status does not show epoch {epoch}; mode {self.describe()}')
         return epoch
@@ -77,15 +79,8 @@ class Session:
             raise SessionError(f'the controller does not become INACTIVE; mode {self.describe()}')
 
     def start_episode(self, task: str, name: str = '') -> str:
-        """Begin a recording; its path. Streams that have just started get a moment to be seen."""
-        deadline = time.monotonic() + SILENCE_S
-        while True:
-            try:
-                return self._call(self._start, StartEpisode.Request(name=name, task=task)).path
-            except SessionError as error:
-                if 'silent' not in str(error) or time.monotonic() > deadline:
-                    raise
-            time.sleep(0.2)
+        """Begin a recording; its path."""
+        return self._call(self._start, StartEpisode.Request(name=name, task=task), PATIENCE_S).path
 
     def stop_episode(self, succeeded: bool, discard: bool = False) -> str:
         """End the recording and keep it, labelled, or discard it; its path."""
@@ -108,8 +103,8 @@ class Session:
                     if clock.now().nanoseconds > deadline:
                         return False
                 for topic, heard in self._heard.items():
-                    if time.monotonic() - max(heard, began) > SILENCE_S:
-                        raise SessionError(f'{self.node.resolve_topic_name(topic)} is silent for {SILENCE_S:g} s; '
+                    if time.monotonic() - max(heard, began) > self.silence_s:
+                        raise SessionError(f'{self.node.resolve_topic_name(topic)} is silent for {self.silence_s:g} s; '
                                            f'publishers: {self.node.count_publishers(topic)}')
                 self._changed.wait(timeout=0.05)
 
@@ -117,16 +112,21 @@ class Session:
         """The controller's mode and its reason, in words."""
         return f'{MODES.get(self.controller.mode, self.controller.mode)}: {self.controller.reason}' if self.controller else 'unknown'
 
-    def _call(self, client, request):
-        if not client.wait_for_service(timeout_sec=SILENCE_S):
-            raise SessionError(f'{client.srv_name}: nobody offers this service')
-        future, done = client.call_async(request), threading.Event()
-        future.add_done_callback(lambda _: done.set())
-        if not done.wait(timeout=SILENCE_S):
-            raise SessionError(f'{client.srv_name}: no answer for {SILENCE_S:g} s')
-        if not future.result().success:
-            raise SessionError(f'{client.srv_name}: {future.result().message}')
-        return future.result()
+    def _call(self, client, request, patience: float = 0.0):
+        """The response, once it is a success; a refusal is final after `patience` [s, wall]."""
+        deadline = time.monotonic() + patience
+        while True:
+            if not client.wait_for_service(timeout_sec=self.silence_s):
+                raise SessionError(f'{client.srv_name}: nobody offers this service')
+            future, done = client.call_async(request), threading.Event()
+            future.add_done_callback(lambda _, done=done: done.set())
+            if not done.wait(timeout=self.silence_s):
+                raise SessionError(f'{client.srv_name}: no answer for {self.silence_s:g} s')
+            if future.result().success:
+                return future.result()
+            if time.monotonic() > deadline:
+                raise SessionError(f'{client.srv_name}: {future.result().message}')
+            time.sleep(0.05)
 
     def _on_controller(self, message: ControllerStatus) -> None:
         with self._changed:

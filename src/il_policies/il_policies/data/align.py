@@ -1,7 +1,7 @@
 """What was known when: one alignment for the running policy and for the converter.
 
 `observation_at` reads stream buffers at a time t and never looks past it. Live, t is now or the newest camera frame;
-offline, t runs over `ticks`, and `labels` adds the actions. All times are int64 [ns] on the clock of the streams' stamps.
+offline, t runs over ticks, and `labels` adds the actions. All times are int64 [ns] on the clock of the streams' stamps.
 """
 from __future__ import annotations
 
@@ -83,12 +83,13 @@ class Observation:
         return not self.problems
 
 
-def history_times(t: int, history: int, period: int, start: int | None = None, anchor: StreamBuffer | None = None) -> list[int]:
+def history_times(t: int, history: int, period: int, start: int | None = None,
+                  anchor: StreamBuffer | None = None) -> list[int]:
     """The times t - k·period of an observation's steps, oldest first [ns].
 
-    start: time of the first observation of the episode; earlier steps repeat it, as training windows repeat an episode's
-    first row. anchor: the camera that t follows; each earlier step is taken at its frame nearest to t - k·period if one
-    lies within half a frame of it, because the ticks learnt from follow the frames and their jitter too.
+    start: time of the first observation of the episode; earlier steps repeat it, as training windows repeat the first
+    row of an episode. anchor: the camera that t follows; each earlier step is taken at its frame nearest to
+    t - k·period if one lies within half a frame of it: the ticks learnt from follow the frames and their jitter too.
     """
     times = []
     for k in range(history - 1, -1, -1):
@@ -102,8 +103,8 @@ def history_times(t: int, history: int, period: int, start: int | None = None, a
     return times
 
 
-def observation_at(streams: dict[str, StreamBuffer], t: int, history: int = 1, period: int = 0, start: int | None = None,
-                   anchor: str | None = None) -> Observation:
+def observation_at(streams: dict[str, StreamBuffer], t: int, history: int = 1, period: int = 0,
+                   start: int | None = None, anchor: str | None = None) -> Observation:
     """For each stream and each history step, the newest sample not later than the step and not older than its max age.
 
     t and period in [ns]; history times, start and anchor (a name in `streams`) as in `history_times`.
@@ -154,9 +155,9 @@ def camera_ticks(frames: np.ndarray, fps: float, rate: float) -> Ticks:
     """Ticks on the frames of a camera declared at `rate` [Hz]; frames: (N,) sorted stamps [ns].
 
     A tick takes the first frame from half a frame before it is due, and the next is due one period later, or, when the
-    frame came late, one period after it less half a frame: so neither jitter nor a slightly different rate accumulates.
-    A tick whose window ends without a frame (where the next one's window begins) is a gap, and time goes on: dropping it
-    would compress time. A camera within 1 % of fps gives a tick per frame.
+    frame came late, one period after it less half a frame: neither jitter nor a slightly different rate accumulates.
+    A tick whose window ends without a frame (where the next one's window begins) is a gap, and time goes on: dropping
+    it would compress time. A camera within 1 % of fps gives a tick per frame.
     """
     frames = np.asarray(frames, np.int64)
     if len(frames) == 0:
@@ -195,19 +196,17 @@ def camera_ticks(frames: np.ndarray, fps: float, rate: float) -> Ticks:
     return Ticks(np.array(stamps, np.int64), np.array(gap), tuple(warnings))
 
 
-def labels(ticks: np.ndarray, label: str, stamps: np.ndarray, commands: np.ndarray, fps: float,
+def labels(ticks: np.ndarray, label: str, stamps: np.ndarray, fps: float,
            max_age: float) -> tuple[np.ndarray, np.ndarray]:
-    """The commands that answer the ticks (T,) [ns], from commands (N, D) with sorted stamps (N,) [ns].
+    """Which commands answer the ticks (T,) [ns], of commands with sorted stamps (N,) [ns].
 
-    command: the first stamped in [t_k, t_k+1), else the last before t_k; command_hold: the last at or before t_k; neither
-    older than max_age [s] at t_k. Returns the place of each tick's command (T,), -1 where there is none, and its age at
-    the tick [s] (T,), negative when it came after. For next_state see `next_state`.
+    command: the first stamped in [t_k, t_k+1), else the last before t_k; command_hold: the last at or before t_k;
+    neither older than max_age [s] at t_k. Returns the place of each tick's command (T,), -1 where there is none, and
+    its age at the tick [s] (T,), negative when it came after. For next_state see `next_state`.
     Raises DataError for another label.
     """
     if label not in ('command', 'command_hold'):
         raise DataError(f'label is {label!r}; valid here: command, command_hold')
-    if len(commands) != len(stamps):
-        raise DataError(f'{len(commands)} commands with {len(stamps)} stamps')
     ticks = np.asarray(ticks, np.int64)
     if len(stamps) == 0:
         return np.full(len(ticks), -1), np.full(len(ticks), np.nan)

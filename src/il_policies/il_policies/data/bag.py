@@ -1,7 +1,7 @@
 """rosbag2 bags in mcap, written and read without ROS.
 
-A bag is a folder, written under the name <bag>.part and renamed when closed: one that keeps that name was cut short, its
-complete chunks are readable with any streaming mcap reader.
+A bag is a folder, written under the name <bag>.part and renamed when closed: one that keeps that name was cut short,
+its complete chunks are readable with any streaming mcap reader.
 """
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class BagError(DataError):
     """A bag that cannot be written or read."""
 
 
-def qos(reliability: str = 'reliable', durability: str = 'volatile', depth: int = 10, history: str = 'keep_last') -> dict:
+def qos(reliability: str = 'reliable', durability: str = 'volatile', depth: int = 10) -> dict:
     """A QoS profile as rosbag2 writes it, without deadline, lifespan or lease."""
-    return {'history': history, 'depth': depth, 'reliability': reliability, 'durability': durability,
+    return {'history': 'keep_last', 'depth': depth, 'reliability': reliability, 'durability': durability,
             'deadline': dict(INFINITE), 'lifespan': dict(INFINITE), 'liveliness': 'automatic',
             'liveliness_lease_duration': dict(INFINITE), 'avoid_ros_namespace_conventions': False}
 
@@ -93,7 +93,7 @@ class BagWriter:
         self._unflushed = 0
 
     def add_topic(self, topic: str, type_name: str, profiles: list[dict] | None = None) -> None:
-        """Declare a topic with the QoS profiles its publishers offer. Raises BagError for a type without definition."""
+        """Declare a topic with the QoS profiles its publishers offer. Raises BagError for an unknown type."""
         try:
             definition, _ = self._types.generate_msgdef(type_name, ros_version=2)
             type_hash = self._types.hash_rihs01(type_name)
@@ -109,9 +109,9 @@ class BagWriter:
                                'message_count': 0}
 
     def write(self, topic: str, data: bytes, receive_ns: int, publish_ns: int) -> None:
-        """Append a message serialised as CDR. Raises BagError for an undeclared topic; OSError when the disk is full."""
+        """Append a message serialised as CDR. Raises BagError for an undeclared topic, OSError for a full disk."""
         if topic not in self._channels:
-            raise BagError(f'{self.path}: topic {topic} was not declared; there are: {", ".join(self._channels)}')
+            raise BagError(f'{self.path}: {topic} was not declared; there are: {", ".join(self._channels)}')
         about = self._topics[topic]
         self._writer.add_message(self._channels[topic], receive_ns, data, publish_ns, about['message_count'])
         about['message_count'] += 1
@@ -137,7 +137,8 @@ class BagWriter:
             'version': METADATA_VERSION, 'storage_identifier': 'mcap', **span, 'message_count': count,
             'topics_with_message_count': list(self._topics.values()), 'compression_format': '', 'compression_mode': '',
             'relative_file_paths': [name],
-            'files': [{'path': name, 'starting_time': span['starting_time'], 'duration': span['duration'], 'message_count': count}],
+            'files': [{'path': name, 'starting_time': span['starting_time'], 'duration': span['duration'],
+                       'message_count': count}],
             'custom_data': custom_data or None, 'ros_distro': DISTRO}
         self._writer.add_metadata('rosbag2', {'serialized_metadata': _dump(information)})
         self._writer.finish()
@@ -206,7 +207,8 @@ def read_bag(path: str | Path, topics: Collection[str] | None = None) -> Iterato
             with stream:
                 for schema, channel, message in SeekingReader(stream, validate_crcs=True).iter_messages(topics):
                     if channel.message_encoding != 'cdr' or schema is None:
-                        raise BagError(f'{file}: {channel.topic} is encoded as {channel.message_encoding!r}; valid: cdr with schema')
+                        raise BagError(f'{file}: {channel.topic} is encoded as {channel.message_encoding!r}; '
+                                       'valid: cdr with schema')
                     try:
                         types = _types_of(schema.name, schema.encoding, schema.data)
                         content = types.deserialize_cdr(message.data, schema.name)

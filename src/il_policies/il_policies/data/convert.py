@@ -1,7 +1,7 @@
 """Bags to a dataset: one bag, one episode.
 
-First pass: low-dimensional samples, commands and the stamps of images, from which the rows are decided. Second pass: the
-images of those rows, streamed straight into the episode's folder.
+First pass: low-dimensional samples, commands and the stamps of images, from which the rows are decided. Second pass:
+the images of those rows, streamed straight into the episode's folder.
 """
 from __future__ import annotations
 
@@ -14,13 +14,31 @@ from pathlib import Path
 import numpy as np
 
 from il_policies.contract import Contract, Stream
-from il_policies.data.align import SECOND, StreamBuffer, Ticks, camera_ticks, grid_ticks, labels, next_state, observation_at
+from il_policies.data.align import (
+    SECOND,
+    StreamBuffer,
+    Ticks,
+    camera_ticks,
+    grid_ticks,
+    labels,
+    next_state,
+    observation_at,
+)
 from il_policies.data.bag import BagError, bag_info, find_bags, read_bag, topic_types
 from il_policies.data.decode import decode, decode_jpeg, stamp_of
-from il_policies.data.store import ActionInfo, DataError, Dataset, DatasetInfo, Feature, create, remove_episode, write_episode
+from il_policies.data.store import (
+    ActionInfo,
+    DataError,
+    Dataset,
+    DatasetInfo,
+    Feature,
+    create,
+    remove_episode,
+    write_episode,
+)
 
 MAX_REPEATED = 2
-"""A stream may be silent for this many ticks, which repeat its last sample and are flagged; longer gaps refuse the episode."""
+"""A stream may be silent for this many ticks, which repeat its last sample, flagged; longer gaps refuse the bag."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +72,9 @@ def convert(bags: str | Path | Sequence[str | Path], contract: Contract, out: st
             progress: Callable[[int, int, Report], None] | None = None) -> list[Report]:
     """Convert bags (a folder of them, or a list) to the dataset `out`, one episode each, numbered in the given order.
 
-    An episode already made from the same bag under the same contract is kept; one of a bag that is not given any more is
-    removed. A bag that cannot be used gives a report
-    with `refused`, and no episode; bags labelled as failures are converted, with their label. progress is called with
-    (bags done, bags in all, report) after each.
+    An episode already made from the same bag under the same contract is kept; one of a bag that is not given any more
+    is removed. A bag that cannot be used gives a report with `refused`, and no episode; bags labelled as failures are
+    converted, with their label. progress is called with (bags done, bags in all, report) after each.
     Raises DataError if there is no bag, or `out` holds something else.
     """
     bags = find_bags(bags) if isinstance(bags, (str, Path)) else [Path(bag) for bag in bags]
@@ -152,7 +169,8 @@ def _convert_bag(bag: Path, contract: Contract, out: Path, index: int, fingerpri
             raise DataError(f'{bag}: {buffer.stream.topic} falls silent for the last {silence:.2f} s')
     if contract.cameras:
         camera = recorded[contract.cameras[0]]
-        ticks = camera_ticks(np.array([s for s in camera.stamps if first <= s <= last]), contract.policy_rate, camera.stream.rate)
+        frames = np.array([stamp for stamp in camera.stamps if first <= stamp <= last])
+        ticks = camera_ticks(frames, contract.policy_rate, camera.stream.rate)
     else:
         ticks = grid_ticks(first, last, contract.policy_rate)
 
@@ -160,7 +178,7 @@ def _convert_bag(bag: Path, contract: Contract, out: Path, index: int, fingerpri
         command_place = np.zeros(len(ticks.stamps), np.int64)
     else:
         stamps = np.array(recorded['action'].stamps)
-        command_place, command_age = labels(ticks.stamps, action.label, stamps, stamps, contract.policy_rate, action.max_age)
+        command_place, command_age = labels(ticks.stamps, action.label, stamps, contract.policy_rate, action.max_age)
     rows, filled, oldest = _rows(bag, observed, ticks, command_place, contract)
     lowdim = {name: np.stack([row[name] for row in rows['data']]) for name in observed if not streams[name].is_image}
     frames = {name: [int(row[name]) for row in rows['data']] for name in contract.cameras}
@@ -183,10 +201,12 @@ def _convert_bag(bag: Path, contract: Contract, out: Path, index: int, fingerpri
         'interrupted': custom.get('interrupted') == 'true', 'duration_s': (int(stamps[-1]) - int(stamps[0])) / SECOND,
         'head_s': max(0.0, (int(stamps[0]) - first) / SECOND), 'warnings': list(ticks.warnings),
         'contract_differs': custom.get('contract_hash') not in (None, contract.hash),
-        'streams': {name: {**_rate_report(arrivals[name], streams[name].rate), 'max_age_s': oldest[name]} for name in streams}}
+        'streams': {name: {**_rate_report(arrivals[name], stream.rate), 'max_age_s': oldest.get(name, 0.0)}
+                    for name, stream in streams.items()}}
     write_episode(out, index, lowdim, actions, stamps, filled,
                   {name: _jpegs(bag, topic_of[name], streams[name], places) for name, places in frames.items()},
-                  {'task': custom.get('task', ''), 'success': success, 'source': bag.name, 'fingerprint': fingerprint}, report)
+                  {'task': custom.get('task', ''), 'success': success, 'source': bag.name, 'fingerprint': fingerprint},
+                  report)
     return report
 
 
@@ -240,7 +260,8 @@ def _match_topics(bag: Path, streams: dict[str, Stream], recorded_as: dict[str, 
         found = [recorded_as[stream.topic]] if stream.topic in recorded_as else [t for t in types if t == wanted]
         found = found or [topic for topic in types if topic.endswith(wanted)]
         if len(found) != 1 or found[0] not in types:
-            raise DataError(f'{bag}: {len(found) or "no"} topics for {stream.topic}; there are: {", ".join(sorted(types))}')
+            raise DataError(f'{bag}: {len(found) or "no"} topics for {stream.topic}; '
+                            f'there are: {", ".join(sorted(types))}')
         if types[found[0]] != stream.type:
             raise DataError(f'{bag}: {found[0]} is {types[found[0]]}, the contract says {stream.type}')
         topics[name] = found[0]
@@ -264,13 +285,13 @@ def _jpegs(bag: Path, topic: str, stream: Stream, places: Sequence[int]) -> Iter
 
 
 def _rate_report(stamps: Sequence[int], rate: float) -> dict:
-    """Numbers of one stream as it arrived: n, rate_hz, dt_median_s, dt_max_s, gaps (> 1.5 periods), lost (estimated),
-    out_of_order."""
-    if len(set(stamps)) < 2:
-        return {'n': len(stamps), 'declared_hz': rate, 'rate_hz': 0.0, 'dt_median_s': 0.0, 'dt_max_s': 0.0, 'gaps': 0, 'lost': 0, 'out_of_order': 0}
+    """One stream as it arrived: rates, steps, gaps (> 1.5 periods), an estimate of what was lost, disorder."""
+    report = {'n': len(stamps), 'declared_hz': rate, 'rate_hz': 0.0, 'dt_median_s': 0.0, 'dt_max_s': 0.0, 'gaps': 0,
+              'lost': 0, 'out_of_order': int(np.sum(np.diff(stamps) <= 0))}
     steps = np.diff(np.unique(stamps)) / SECOND
-    median = period = float(np.median(steps))
-    return {'n': len(stamps), 'rate_hz': 1 / period, 'declared_hz': rate, 'dt_median_s': median, 'dt_max_s': float(steps.max()),
-            'gaps': int(np.sum(steps > 1.5 * period)), 'lost': int(np.sum(np.maximum(np.round(steps / period) - 1, 0))),
-            'out_of_order': int(np.sum(np.diff(stamps) <= 0))}
-
+    if len(steps):
+        period = float(np.median(steps))
+        report |= {'rate_hz': 1 / period, 'dt_median_s': period, 'dt_max_s': float(steps.max()),
+                   'gaps': int(np.sum(steps > 1.5 * period)),
+                   'lost': int(np.sum(np.maximum(np.round(steps / period) - 1, 0)))}
+    return report

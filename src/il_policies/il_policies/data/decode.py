@@ -36,7 +36,7 @@ def decode(message, stream: Stream) -> np.ndarray:
             raise DecodeError(f'{stream.topic}: {error}') from None
     if not np.isfinite(values).all():
         names = stream.names or stream.fields
-        bad = [f'{name} = {value}' for name, value in zip(names, values) if not np.isfinite(value)]
+        bad = [f'{name} = {value}' for name, value in zip(names, values, strict=True) if not np.isfinite(value)]
         raise DecodeError(f'{stream.topic}: not finite: {", ".join(bad)}')
     return values
 
@@ -99,7 +99,8 @@ def _attribute(message, path: str):
         elif hasattr(value, part):
             value = getattr(value, part)
         else:
-            present = getattr(value, '__dataclass_fields__', None) or getattr(value, 'get_fields_and_field_types', dict)()
+            present = (getattr(value, '__dataclass_fields__', None)
+                       or getattr(value, 'get_fields_and_field_types', dict)())
             raise AttributeError(f'{path}: no {part!r}; there are: {", ".join(present) or type(value).__name__}')
     return value
 
@@ -119,7 +120,8 @@ def _image(message, stream: Stream) -> np.ndarray:
         raise DecodeError(f'{stream.topic}: encoding is {message.encoding!r}; valid: {", ".join(CHANNELS)}')
     height, width, step = message.height, message.width, message.step
     if height < 1 or width < 1 or step < width * channels or len(data) < height * step:
-        raise DecodeError(f'{stream.topic}: {len(data)} bytes do not hold {height} rows of {step} bytes, {width} {message.encoding} pixels')
+        raise DecodeError(f'{stream.topic}: {len(data)} bytes do not hold {height} rows of {step} bytes, '
+                          f'{width} {message.encoding} pixels')
     rows = data[:height * step].reshape(height, step)[:, :width * channels]  # rows may be padded to `step` bytes
     pixels = rows.reshape(height, width, channels)
     if message.encoding == 'bgr8':

@@ -34,7 +34,7 @@ class ArrayMapping:
             raise DataError(f'{where}: no array {self.array!r}; there are: {", ".join(arrays)}')
         values = arrays[self.array]
         if values.ndim == 0 or values.dtype.kind not in 'fiub':
-            raise DataError(f'{where}: {self.array} is {values.dtype} of shape {values.shape}; need numbers, rows first')
+            raise DataError(f'{where}: {self.array} is {values.dtype} of shape {values.shape}; need rows of numbers')
         values = values.reshape(len(values), -1).astype(np.float64)
         bad = [column for column in self.sin_cos if not 0 <= column < values.shape[1]]
         if bad:
@@ -103,7 +103,8 @@ def import_npz(source: str | Path, out: str | Path, mapping: NpzMapping | None) 
     if mapping.episode_ends not in arrays:
         raise DataError(f'{source}: no array {mapping.episode_ends!r} for episode_ends; there are: {", ".join(arrays)}')
     ends = arrays[mapping.episode_ends]
-    if ends.ndim != 1 or ends.dtype.kind not in 'iu' or len(ends) == 0 or ends[-1] != N or np.any(np.diff(ends, prepend=0) <= 0):
+    if (ends.ndim != 1 or ends.dtype.kind not in 'iu' or len(ends) == 0 or ends[-1] != N
+            or np.any(np.diff(ends, prepend=0) <= 0)):
         raise DataError(f'{source}: {mapping.episode_ends} must be rising integers ending at the number of rows, {N}')
 
     info = DatasetInfo(
@@ -122,8 +123,9 @@ def import_npz(source: str | Path, out: str | Path, mapping: NpzMapping | None) 
             rows = slice(begin, end)
             T = end - begin
             stamps = np.round(np.arange(T) * (1e9 / mapping.fps)).astype(np.int64)
-            write_episode(temporary, index, {name: values[rows] for name, values in columns.items()}, action[rows], stamps,
-                          np.zeros(T, bool), {}, {'task': mapping.task, 'source': f'{source.name}[{begin}:{end}]'}, {})
+            write_episode(temporary, index, {name: values[rows] for name, values in columns.items()}, action[rows],
+                          stamps, np.zeros(T, bool), {},
+                          {'task': mapping.task, 'source': f'{source.name}[{begin}:{end}]'}, {})
             begin = end
         os.rename(temporary, out)
     finally:

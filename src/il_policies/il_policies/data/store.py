@@ -51,8 +51,10 @@ class Feature:
     """Names of the D entries of a low-dimensional feature."""
 
     def __post_init__(self):
-        if self.kind == 'lowdim' and len(self.shape) != 1 or self.kind == 'image' and (len(self.shape) != 3 or self.shape[2] != 3):
-            raise ValueError(f'a {self.kind} feature cannot have shape {self.shape}; valid: (D,) for lowdim, (h, w, 3) for image')
+        fits = len(self.shape) == 1 if self.kind == 'lowdim' else len(self.shape) == 3 and self.shape[2] == 3
+        if not fits:
+            raise ValueError(f'a {self.kind} feature cannot have shape {self.shape}; '
+                             'valid: (D,) for lowdim, (h, w, 3) for image')
         if any(size < 1 for size in self.shape) or self.names and len(self.names) != self.shape[0]:
             raise ValueError(f'shape {self.shape} with {len(self.names)} names')
 
@@ -99,7 +101,8 @@ class DatasetInfo:
             raise ValueError('action.names is empty')
         for name in self.features:
             if name in RESERVED or not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*', name):
-                raise ValueError(f'{name!r} is no feature name; valid: letters, digits, _ . -, except {", ".join(RESERVED)}')
+                raise ValueError(f'{name!r} is no feature name; valid: letters, digits, _ . -, '
+                                 f'except {", ".join(RESERVED)}')
 
     @property
     def images(self) -> list[str]:
@@ -138,11 +141,12 @@ def create(path: str | Path, info: DatasetInfo) -> None:
     _sync_folder(path)
 
 
-def write_episode(path: str | Path, index: int, lowdim: dict[str, np.ndarray], action: np.ndarray, stamps: np.ndarray,
-                  filled: np.ndarray, images: dict[str, Iterable[bytes]], meta: dict, report: dict) -> None:
+def write_episode(path: str | Path, index: int, lowdim: dict[str, np.ndarray], action: np.ndarray,
+                  stamps: np.ndarray, filled: np.ndarray, images: dict[str, Iterable[bytes]], meta: dict,
+                  report: dict) -> None:
     """Write one episode of T rows, replacing one of the same index.
 
-    lowdim: feature → (T, D). action: (T, A). stamps: (T,) [ns]. filled: (T,) bool, rows in which something was repeated.
+    lowdim: feature → (T, D). action: (T, A). stamps: (T,) [ns]. filled: (T,) bool, rows with something repeated.
     images: feature → T JPEG files as bytes, read one at a time. meta and report: JSON types.
     Raises DataError if anything does not fit the dataset, is not finite, or goes back in time.
     """
@@ -237,7 +241,7 @@ class Dataset:
         return len(self.episodes)
 
     def lowdim(self, i: int) -> dict[str, np.ndarray]:
-        """Table of episode i: stamp (T,) int64 [ns], each low-dimensional feature and action (T, D) float32, filled (T,)."""
+        """Table of episode i: stamp (T,) int64 [ns], filled (T,) bool, action and low-dimensional features (T, D)."""
         file = self._folders[i] / 'lowdim.parquet'
         try:
             table = pq.read_table(file)

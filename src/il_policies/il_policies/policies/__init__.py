@@ -38,9 +38,11 @@ class PolicySpec:
         if self.horizon < 1 or self.history < 1:
             raise ValueError(f'horizon {self.horizon} and history {self.history} must both be at least 1')
         if not (math.isfinite(self.step_period) and self.step_period > 0 and math.isfinite(self.action_offset)):
-            raise ValueError(f'step_period {self.step_period} must be > 0 and action_offset {self.action_offset} finite')
+            raise ValueError(f'step_period is {self.step_period}, must be > 0; action_offset is {self.action_offset}, '
+                             'must be finite')
         if not self.features or not self.action_names:
-            raise ValueError(f'features {list(self.features)} and action_names {list(self.action_names)} must not be empty')
+            raise ValueError(f'features {list(self.features)} and action_names {list(self.action_names)} must not be '
+                             'empty')
 
 
 class Policy(nn.Module):
@@ -57,8 +59,8 @@ class Policy(nn.Module):
         super().__init__()
         images = {name: shape for name, shape in spec.features.items() if len(shape) != 1}
         if images:
-            raise PolicyError(f'{self.kind}: features {images} are images; it takes low-dimensional features (D,) only: '
-                              f'{[name for name in spec.features if name not in images]}')
+            raise PolicyError(f'{self.kind}: features {images} are images; it takes low-dimensional ones (D,) only, '
+                              f'here: {[name for name in spec.features if name not in images]}')
         self.spec = spec
         self.config = config
         self.normalizer = normalizer

@@ -1,7 +1,8 @@
 """Behaviour cloning: one chunk per observation, by regression.
 
-The U-Net is Flow's without the flow time: it is fed a learned constant instead of noise, so that the two differ in nothing
-but the objective. The mean squared error asks for the mean of all demonstrated chunks, which may be none of them.
+The U-Net is Flow's without the flow time: it is fed a learned constant instead of noise, so that the two differ in
+nothing but the objective. The mean squared error asks for the mean of all demonstrated chunks, which may be none of
+them.
 """
 from __future__ import annotations
 

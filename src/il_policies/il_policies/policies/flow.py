@@ -1,8 +1,8 @@
 """Flow matching: chunks are carried from noise to actions along straight lines.
 
 Lipman et al., 2023, https://arxiv.org/abs/2210.02747, and as a policy π₀ (Black et al., 2024,
-https://arxiv.org/abs/2410.24164). With x_t = (1 - t)·x₀ + t·x₁, x₀ normal noise and x₁ a demonstrated chunk, the network
-learns the velocity x₁ - x₀; Euler steps from t = 0 to 1 give a sample.
+https://arxiv.org/abs/2410.24164). With x_t = (1 - t)·x₀ + t·x₁, x₀ normal noise and x₁ a demonstrated chunk, the
+network learns the velocity x₁ - x₀; Euler steps from t = 0 to 1 give a sample.
 """
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class Flow(Policy):
                 warm: tuple[Tensor, float] | None = None) -> Tensor:
         """Chunk (B, H, D) in raw units.
 
-        noise: x₀ (B, H, D), standard normal; drawn if None. warm: a chunk (B, H, D) in raw units and the flow time tau at
-        which to enter: x_tau = (1 - tau)·noise + tau·chunk, so that the new chunk stays in the old one's mode.
+        noise: x₀ (B, H, D), standard normal; drawn if None. warm: a chunk (B, H, D) in raw units and the flow time tau
+        at which to enter: x_tau = (1 - tau)·noise + tau·chunk, so that the new chunk stays in the old one's mode.
         Raises PolicyError for wrong shapes.
         """
         condition = self.condition(observation)

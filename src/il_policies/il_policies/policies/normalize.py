@@ -16,7 +16,10 @@ class Normalizer(nn.Module):
     """
 
     def __init__(self, statistics: dict[str, dict[str, list[float]]]):
-        """statistics: name → {'min': D numbers, 'max': D numbers}. Raises ValueError if they are not finite or not ordered."""
+        """statistics: name → {'min': D numbers, 'max': D numbers}.
+
+        Raises ValueError if they are not finite or not ordered.
+        """
         super().__init__()
         self.statistics = statistics
         self._index = {name: i for i, name in enumerate(statistics)}
@@ -24,7 +27,8 @@ class Normalizer(nn.Module):
             low = torch.tensor(statistics[name]['min'], dtype=torch.float64)
             high = torch.tensor(statistics[name]['max'], dtype=torch.float64)
             if low.shape != high.shape or not (low.isfinite().all() and high.isfinite().all() and (low <= high).all()):
-                raise ValueError(f'statistics of {name!r}: min {low.tolist()} and max {high.tolist()} must be finite and ordered')
+                raise ValueError(f'statistics of {name!r}: min {low.tolist()} and max {high.tolist()} must be finite '
+                                 'and ordered')
             # Not persistent: the JSON is the one place where they are kept. Names may hold dots, buffers may not.
             self.register_buffer(f'center_{i}', ((low + high) / 2).float(), persistent=False)
             self.register_buffer(f'half_{i}', ((high - low).clamp_min(RANGE_FLOOR) / 2).float(), persistent=False)
@@ -32,8 +36,8 @@ class Normalizer(nn.Module):
     @classmethod
     def fit(cls, arrays: dict[str, np.ndarray]) -> Normalizer:
         """From training data. arrays: name → (N, D). Raises ValueError for data that is not finite."""
-        return cls({name: {'min': values.min(axis=0).astype(float).tolist(), 'max': values.max(axis=0).astype(float).tolist()}
-                    for name, values in arrays.items()})
+        return cls({name: {'min': values.min(axis=0).astype(float).tolist(),
+                           'max': values.max(axis=0).astype(float).tolist()} for name, values in arrays.items()})
 
     def _of(self, name: str) -> tuple[Tensor, Tensor]:
         i = self._index[name]

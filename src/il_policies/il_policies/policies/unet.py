@@ -1,8 +1,8 @@
 """1-D U-Net over the steps of a chunk, conditioned by FiLM.
 
 The network of Diffusion Policy (Chi et al., 2023, https://arxiv.org/abs/2303.04137). Laid out as (B, T, C) with each
-convolution as one matrix product over its taps: on a CPU a training step takes 0.55 to 0.7 of the time that torch's conv1d
-needs, which is slow for the few steps and many channels at the bottom of the U.
+convolution as one matrix product over its taps: on a CPU a training step takes 0.55 to 0.7 of the time that it takes
+with torch's conv1d, which is slow for the few steps and many channels at the bottom of the U.
 """
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class UNetConfig:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f'kernel_size is {self.kernel_size}, must be odd and positive')
         if self.blocks < 1 or self.time_size < 4 or self.time_size % 2:
-            raise ValueError(f'blocks is {self.blocks}, must be at least 1; time_size is {self.time_size}, must be even, at least 4')
+            raise ValueError(f'blocks is {self.blocks}, must be at least 1; time_size is {self.time_size}, must be '
+                             'even and at least 4')
 
     @property
     def down_factor(self) -> int:
@@ -49,13 +50,14 @@ class UNetConfig:
 class TimeEmbedding(nn.Module):
     """Flow time t in [0, 1] → (B, size).
 
-    t is scaled to [0, 1000] before the sinusoid, whose frequencies are made for integer diffusion steps: unscaled, nearly
-    all of them would be constant.
+    t is scaled to [0, 1000] before the sinusoid, whose frequencies are made for integer diffusion steps: unscaled,
+    nearly all of them would be constant.
     """
 
     def __init__(self, size: int, activation: nn.Module):
         super().__init__()
-        self.register_buffer('frequencies', torch.exp(torch.linspace(0.0, -math.log(10000.0), size // 2)), persistent=False)
+        frequencies = torch.exp(torch.linspace(0.0, -math.log(10000.0), size // 2))
+        self.register_buffer('frequencies', frequencies, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(size, 4 * size), activation, nn.Linear(4 * size, size))
 
     def forward(self, t: Tensor) -> Tensor:
@@ -100,9 +102,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Block(nn.Module):
-    """Two convolutions with the condition's scale and bias between them, and a residual path. (B, T, in) → (B, T, out)."""
+    """Two convolutions, the condition's scale and bias between them, and a residual path. (B, T, in) → (B, T, out)."""
 
-    def __init__(self, channels_in: int, channels_out: int, condition_size: int, config: UNetConfig, activation: nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, condition_size: int, config: UNetConfig,
+                 activation: nn.Module):
         super().__init__()
         self.conv1 = Conv(channels_in, channels_out, config.kernel_size)
         self.norm1 = GroupNorm(config.groups, channels_out)
@@ -136,16 +139,16 @@ class UNet(nn.Module):
         dims = config.down_dims
 
         def level(channels_in: int, channels_out: int) -> nn.ModuleList:
-            return nn.ModuleList([Block(channels_in if i == 0 else channels_out, channels_out, condition_size, config, activation)
-                                  for i in range(config.blocks)])
+            return nn.ModuleList([Block(channels_in if i == 0 else channels_out, channels_out, condition_size, config,
+                                        activation) for i in range(config.blocks)])
 
         self.down = nn.ModuleList([level(a, b) for a, b in zip((action_size, *dims[:-1]), dims)])
         self.downsample = nn.ModuleList([Conv(dim, dim, 3, stride=2) for dim in dims[:-1]])
         self.bottom = level(dims[-1], dims[-1])
         self.upsample = nn.ModuleList([Upsample(below, dim) for below, dim in zip(dims[:0:-1], dims[-2::-1])])
         self.up = nn.ModuleList([level(2 * dim, dim) for dim in dims[-2::-1]])
-        self.last = nn.Sequential(Conv(dims[0], dims[0], config.kernel_size), GroupNorm(config.groups, dims[0]), activation,
-                                  nn.Linear(dims[0], action_size))
+        self.last = nn.Sequential(Conv(dims[0], dims[0], config.kernel_size), GroupNorm(config.groups, dims[0]),
+                                  activation, nn.Linear(dims[0], action_size))
 
     def forward(self, x: Tensor, t: Tensor | None, condition: Tensor) -> Tensor:
         if self.time is not None:

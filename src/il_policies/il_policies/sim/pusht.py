@@ -1,6 +1,6 @@
-"""PushT in gym-pusht, under the protocol of Diffusion Policy (https://arxiv.org/abs/2303.04137, PushT with state input).
+"""PushT in gym-pusht, under the protocol of Diffusion Policy (https://arxiv.org/abs/2303.04137), with state input.
 
-gym-pusht scores coverage itself, but draws other starts and gives an 8-point observation; here are the protocol's starts
+gym-pusht scores coverage itself, but draws other starts and observes eight other points; here are the protocol's starts
 and the observations of the human demonstrations.
 """
 from __future__ import annotations
@@ -33,7 +33,7 @@ FEATURES = {'pose': (6,), 'keypoints': (18,)}
 
 
 def legacy_start(seed: int) -> np.ndarray:
-    """Start of the protocol: agent x, y, block x, y [px], angle [rad], from NumPy's old generator as in Diffusion Policy."""
+    """Start of the protocol: agent x, y, block x, y [px], angle [rad], from NumPy's old generator, as there. (5,)."""
     rng = np.random.RandomState(seed)
     return np.array([rng.randint(50, 450), rng.randint(50, 450), rng.randint(100, 400), rng.randint(100, 400),
                      rng.randn() * 2 * np.pi - np.pi])
@@ -48,7 +48,7 @@ class PushT:
     def reset(self, state: np.ndarray, legacy: bool = False) -> None:
         """Put agent and block at state (5,): agent x, y, block x, y [px], angle [rad].
 
-        legacy: set the block's position before its angle, which moves it about its centre of mass. Diffusion Policy's test
+        legacy: set the block's position before its angle, which moves it about its centre of mass. The protocol's
         starts are made so (its `legacy_test`); a recorded state is restored only without.
         """
         self._env.reset(options={'reset_to_state': state})
@@ -60,7 +60,7 @@ class PushT:
             self._env.block.position = tuple(map(float, state[2:4]))
 
     def step(self, action: np.ndarray) -> float:
-        """Drive the agent towards action (2,) for 0.1 s; returns the score so far now, coverage / 0.95 clipped to [0, 1]."""
+        """Drive the agent towards action (2,) for 0.1 s; returns the score now, coverage / 0.95 clipped to [0, 1]."""
         _, score, _, _, _ = self._env.step(np.asarray(action, np.float64))
         return float(score)
 

@@ -358,6 +358,19 @@ def inverse_kinematics(tips: np.ndarray, gripper: float = GRIPPER) -> np.ndarray
     return np.array(solutions)
 
 
+def tips(positions: np.ndarray) -> np.ndarray:
+    """Position of the tip [m] in each pose of `positions` (N, 6) [rad], order of JOINTS. Shape (N, 3)."""
+    model, data = build_model(), mujoco.MjData(build_model())
+    qpos = [model.joint(name).qposadr[0] for name in JOINTS]
+    tip = model.body(TIP).id
+    found = np.empty((len(positions), 3))
+    for i, q in enumerate(positions):
+        data.qpos[qpos] = q
+        mujoco.mj_kinematics(model, data)
+        found[i] = data.xpos[tip]
+    return found
+
+
 def minimum_jerk(u: np.ndarray) -> np.ndarray:
     """0 to 1 with velocity and acceleration zero at both ends, for u in [0, 1]."""
     return u**3 * (10 - 15 * u + 6 * u**2)
@@ -376,6 +389,8 @@ def expert(scene: Scene, side: int, noise: float = 0.0, rng: np.random.Generator
     # goal is approached from the side. So the gripper stays 12 mm clear of the pillar and the joints at 80 % of their limits.
     points = np.array([scene.start, FUNNEL, (PILLAR[0], side * DETOUR_Y), scene.goal])  # (4, 2)
     lengths = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    # The same timing for both sides, or the speed before the turn would tell which side follows.
+    lengths[2] = np.mean([np.hypot(scene.goal[0] - PILLAR[0], scene.goal[1] - y) for y in (-DETOUR_Y, DETOUR_Y)])
     knots = np.concatenate([[0.0], np.cumsum(lengths)])
     tangents = np.array([(points[1] - points[0]) / lengths[0], (0.3, 0.0), (1.0, 0.0), (0.0, -0.6 * side)])  # (4, 2)
 

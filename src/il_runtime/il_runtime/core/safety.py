@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from il_policies.contract import Contract
+
 
 def stopping_speed(distance: np.ndarray, acceleration: np.ndarray, period: float) -> np.ndarray:
     """Largest speed for the next tick after which a stop still fits within ``distance``. Same shape, >= 0.
@@ -83,3 +85,22 @@ class Gate:
     def at_rest(self) -> bool:
         """True when no joint is commanded to move."""
         return not self.velocity.any()
+
+
+def limit_violations(contract: Contract, commands: np.ndarray, stamps: np.ndarray | None = None) -> int:
+    """Commands beyond a limit, judged by their differences alone, whoever made them; for tests and reports.
+
+    commands: (N, D) in action order. stamps: (N,) [s], or None for one control period apart; a command that came a period
+    late is judged by the time it took. A relative 1e-6 is let pass for rounding.
+    """
+    if len(commands) < 1:
+        return 0
+    joints = contract.action_joints
+    dt = np.full(len(commands) - 1, 1.0 / contract.control_rate) if stamps is None else np.diff(stamps)
+    low, high = np.array([joint.position for joint in joints]).T
+    bad = (commands < low) | (commands > high)
+    velocity = np.diff(commands, axis=0) / dt[:, None]
+    bad[1:] |= np.abs(velocity) > np.array([joint.velocity for joint in joints]) * (1 + 1e-6)
+    between = ((dt[1:] + dt[:-1]) / 2)[:, None]
+    bad[2:] |= np.abs(np.diff(velocity, axis=0) / between) > np.array([joint.acceleration for joint in joints]) * (1 + 1e-6)
+    return int(bad.any(axis=1).sum())

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from il_policies.contract import load_contract
+from il_policies.sim import reach_around
+from il_policies.sim.reach_around import (
+    CONTROL_PERIOD,
+    DESCRIPTION,
+    EPISODE_S,
+    FUNNEL,
+    JOINTS,
+    PILLAR,
+    TIP_HEIGHT,
+    ReachAround,
+    Scene,
+    SceneError,
+    expert,
+    inverse_kinematics,
+    resolve,
+    sample_scene,
+)
+
+
+@pytest.fixture(scope='module')
+def sim():
+    """One simulation without rendering; tests reset it."""
+    return ReachAround(camera=False)
+
+
+def turn(axis, angle) -> np.ndarray:
+    """Rodrigues' formula."""
+    x, y, z = axis
+    K = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + np.sin(angle) * K + (1 - np.cos(angle)) * K @ K
+
+
+def tip_by_urdf(positions: dict[str, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Position and rotation of the tip from the URDF's own numbers, without MuJoCo."""
+    joints = {joint.find('child').get('link'): joint for joint in ElementTree.parse(resolve(DESCRIPTION)).iter('joint')
+              if joint.get('type') is not None}
+    chain, link = [], 'gripper_frame_link'
+    while link in joints:
+        chain.insert(0, joints[link])
+        link = joints[link].find('parent').get('link')
+    p, R = np.zeros(3), np.eye(3)
+    for joint in chain:
+        xyz, (roll, pitch, yaw) = (np.array(joint.find('origin').get(key).split(), float) for key in ('xyz', 'rpy'))
+        p = p + R @ xyz
+        R = R @ turn((0, 0, 1), yaw) @ turn((0, 1, 0), pitch) @ turn((1, 0, 0), roll)
+        if joint.get('type') == 'revolute':
+            R = R @ turn(np.array(joint.find('axis').get('xyz').split(), float), positions[joint.get('name')])
+    return p, R
+
+
+def play(sim: ReachAround, scene: Scene, commands) -> np.ndarray:
+    """The tip after every control period of an episode. Shape (N, 3)."""
+    sim.reset(scene)
+    tips = []
+    for command in commands:
+        sim.step(command)
+        tips.append(sim.tip)
+    return np.array(tips)
+
+
+def test_the_tip_is_where_the_urdf_puts_it(sim):
+    import mujoco
+    rng, data = np.random.default_rng(0), mujoco.MjData(sim.model)
+    for _ in range(20):
+        positions = rng.uniform(-1.5, 1.5, 6)
+        data.qpos[:] = [dict(zip(JOINTS, positions))[sim.model.joint(i).name] for i in range(sim.model.njnt)]
+        mujoco.mj_kinematics(sim.model, data)
+        p, R = tip_by_urdf(dict(zip(JOINTS, positions)))
+        np.testing.assert_allclose(data.body('gripper_frame_link').xpos, p, atol=1e-6)
+        np.testing.assert_allclose(data.body('gripper_frame_link').xmat.reshape(3, 3), R, atol=1e-6)
+
+
+def test_inverse_kinematics_reaches_with_the_gripper_down():
+    tips = np.array([[0.1, 0.02, 0.03], [0.14, 0.0, 0.03], [0.2, -0.08, 0.03], [0.285, 0.03, 0.03], [0.2, 0.0, 0.05]])
+    for tip, positions in zip(tips, inverse_kinematics(tips)):
+        p, R = tip_by_urdf(dict(zip(JOINTS, positions)))
+        np.testing.assert_allclose(p, tip, atol=2e-5)
+        np.testing.assert_allclose(R[:, 2], [0, 0, -1], atol=1e-3)
+        assert positions[4] == 0
+
+
+@pytest.mark.parametrize('tip', [(0.6, 0.0, 0.03), (0.0, 0.5, 0.03), (np.nan, 0.0, 0.03)])
+def test_inverse_kinematics_refuses_what_is_out_of_reach(tip):
+    with pytest.raises(SceneError, match='no pose with the gripper down'):
+        inverse_kinematics(np.array([tip]))
+
+
+@pytest.mark.parametrize('noise', [0.0, 0.003])
+def test_the_expert_reaches_both_ways_within_the_limits(sim, root, noise):
+    contract = load_contract(root / 'config/robots/so101.yaml')
+    low, high = np.array([joint.position for joint in contract.action_joints]).T
+    velocity = np.array([joint.velocity for joint in contract.action_joints])
+    acceleration = np.array([joint.acceleration for joint in contract.action_joints])
+    for i in range(4):
+        scene = sample_scene(np.random.default_rng([7, i]))
+        for side in (1, -1):
+            commands = expert(scene, side, noise, np.random.default_rng(i))
+            tips = play(sim, scene, commands)
+            assert sim.reached and not sim.touched
+            assert np.sign(tips[np.argmax(np.abs(tips[:, 1])), 1]) == side
+            assert (commands > low + 0.01).all() and (commands < high - 0.01).all()
+            assert (np.abs(np.diff(commands, axis=0)) / CONTROL_PERIOD < 0.95 * velocity).all()
+            assert (np.abs(np.diff(commands, 2, axis=0)) / CONTROL_PERIOD**2 < 0.95 * acceleration).all()
+            assert np.hypot(*(tips[-1, :2] - scene.goal)) < 0.01
+
+
+def test_nothing_before_the_funnel_tells_the_side(sim):
+    scene = Scene((0.103, 0.015), (0.28, -0.02))
+    left, right = (expert(scene, side, 0.003, np.random.default_rng(5)) for side in (1, -1))
+    apart = int(np.argmax(np.abs(left - right).max(axis=1) > 1e-3))
+    tip = tip_by_urdf(dict(zip(JOINTS, left[apart])))[0]
+    np.testing.assert_allclose(tip[:2], FUNNEL, atol=5e-3)
+
+
+def test_a_symmetric_scene_has_mirrored_ways():
+    left, right = (expert(Scene((0.107, 0.0), (0.28, 0.0)), side) for side in (1, -1))
+    np.testing.assert_allclose(left[:, 0], -right[:, 0], atol=1e-3)
+    np.testing.assert_allclose(left[:, 1:], right[:, 1:], atol=2e-3)
+
+
+def test_the_straight_way_touches_the_pillar_for_good(sim):
+    scene = Scene((0.107, 0.0), (0.28, 0.0))
+    x = np.linspace(scene.start[0], scene.goal[0], 150)
+    play(sim, scene, inverse_kinematics(np.column_stack([x, np.zeros_like(x), np.full_like(x, TIP_HEIGHT)])))
+    assert sim.touched
+    for _ in range(20):
+        sim.step(inverse_kinematics([[0.107, 0.0, TIP_HEIGHT]])[0])
+    assert sim.touched and sim.done
+    sim.reset(scene)
+    assert not sim.touched
+
+
+def test_a_goal_is_reached_by_resting_near_it_in_time(sim):
+    goal = (0.28, 0.0)
+    at = {y: inverse_kinematics([[0.28, y, TIP_HEIGHT]])[0] for y in (0.0, 0.022)}
+    rest = [at[0.0]] * 20
+    play(sim, Scene(goal, goal), rest[:9])
+    assert not sim.reached  # not long enough
+    play(sim, Scene(goal, goal), rest)
+    assert sim.reached
+    play(sim, Scene((0.28, 0.022), goal), [at[0.022]] * 20)
+    assert not sim.reached  # not near enough
+    play(sim, Scene((0.28, 0.022), goal), [at[0.022]] * round(EPISODE_S / CONTROL_PERIOD) + [at[0.0]] * 100)
+    assert not sim.reached and sim.done  # not in time
+
+
+def test_same_commands_same_motion_whatever_came_before(sim):
+    scene = sample_scene(np.random.default_rng(3))
+    commands = expert(scene, 1)[:60]
+    first = play(ReachAround(camera=False), scene, commands)
+    play(sim, Scene(), expert(Scene(), -1)[:40])
+    assert np.array_equal(play(sim, scene, commands), first)
+    assert sim.time == pytest.approx(60 * CONTROL_PERIOD)
+
+
+def test_scenes_are_drawn_from_their_areas():
+    scenes = [sample_scene(np.random.default_rng([0, i])) for i in range(200)]
+    assert scenes[0] == sample_scene(np.random.default_rng([0, 0])) != scenes[1]
+    x, y = np.array([scene.goal for scene in scenes]).T
+    assert 0.275 <= x.min() and x.max() <= 0.285 and -0.03 <= y.min() < -0.02 and 0.02 < y.max() <= 0.03
+    assert all(PILLAR[0] > scene.start[0] for scene in scenes)
+
+
+@pytest.mark.parametrize('command', [[0.0] * 5, [0.0] * 5 + [np.nan]])
+def test_commands_that_mean_nothing_are_refused(sim, command):
+    with pytest.raises(ValueError, match='6 finite positions'):
+        sim.step(command)
+
+
+def test_scenes_that_mean_nothing_are_refused_and_change_nothing(sim):
+    sim.reset(Scene())
+    for scene, fault in ((replace(Scene(), start=(0.6, 0.0)), 'no pose'), (replace(Scene(), goal=(np.inf, 0.0)), 'goal')):
+        with pytest.raises(SceneError, match=fault):
+            sim.reset(scene)
+    assert sim.scene == Scene()
+
+
+def test_descriptions_are_found_in_ament_prefixes_first(tmp_path, monkeypatch):
+    wheel = resolve(DESCRIPTION)
+    assert wheel.name == 'so101.urdf'
+    urdf = tmp_path / 'share/example_robot_data/robots/so_arm_description/urdf/so101.urdf'
+    urdf.parent.mkdir(parents=True)
+    urdf.write_text('<robot/>')
+    monkeypatch.setenv('AMENT_PREFIX_PATH', os.pathsep.join(['/nonexistent', str(tmp_path)]))
+    assert resolve(DESCRIPTION) == urdf
+    monkeypatch.setenv('AMENT_PREFIX_PATH', '')
+    assert resolve(DESCRIPTION) == wheel
+    with pytest.raises(SceneError, match='no_such_robot'):
+        resolve('package://no_such_robot/robot.urdf')
+    with pytest.raises(SceneError, match='must be package://'):
+        resolve('robot.urdf')
+
+
+def test_the_camera_sees_pillar_goal_and_arm():
+    if os.environ.get('MUJOCO_GL') == 'disable':
+        pytest.skip('no libEGL on this machine: nothing can be rendered')
+    sim = ReachAround()
+    before = sim.data.qpos.copy()
+    image = sim.render((96, 128)).astype(int)
+    assert image.shape == (96, 128, 3)
+    r, g, b = np.moveaxis(image, -1, 0)
+    red, green, yellow = (r > 1.8 * g) & (r > 1.8 * b), (g > 1.5 * r) & (g > 1.2 * b), (r > 1.5 * b) & (g > 1.5 * b)
+    assert red.sum() > 60 and green.sum() > 15 and yellow.sum() > 300
+    # The goal lies nearer to the camera than the pillar, the arm behind it.
+    assert np.argwhere(green)[:, 0].mean() > np.argwhere(red)[:, 0].mean() > np.argwhere(yellow)[:, 0].mean()
+
+    np.testing.assert_array_equal(sim.render_pose(sim.joint_positions, sim.scene.goal, (96, 128)), image)
+    moved = sim.render_pose(expert(Scene(), 1)[80], (0.28, 0.03), (96, 128))
+    assert (np.abs(moved.astype(int) - image).max(axis=2) > 50).sum() > 300
+    assert np.array_equal(sim.data.qpos, before)
+    sim.close()
+
+
+def test_a_machine_that_cannot_render_says_what_to_install(monkeypatch):
+    monkeypatch.setenv('MUJOCO_GL', 'disable')
+    with pytest.raises(reach_around.SceneError, match='libegl1'):
+        ReachAround(camera=True)
