@@ -16,7 +16,7 @@ SHARE = FindPackageShare('il_runtime')
 ARGUMENTS = {
     'namespace': ('', 'namespace of all nodes; two arms get two'),
     'robot': ('so101', 'contract in config/robots, without .yaml'),
-    'contract': (PathJoinSubstitution([SHARE, 'config', 'robots', [LaunchConfiguration('robot'), '.yaml']]),
+    'contract': ([PathJoinSubstitution([SHARE, 'config', 'robots', LaunchConfiguration('robot')]), '.yaml'],
                  'path of a contract, if it is not one of config/robots'),
     'checkpoint': ('', 'folder written by il train; with it a policy node is started'),
     'stride': ('8', 'policy steps between plans'),

@@ -14,6 +14,7 @@ from il_policies.data.align import (
     labels,
     next_state,
     observation_at,
+    typical_period,
 )
 from il_policies.data.store import DataError
 from recordings import MS, START, contract
@@ -152,6 +153,16 @@ def test_lost_frames_leave_gap_ticks_where_they_were_due(rate, lost):
     ticks = camera_ticks(np.delete(frames, np.arange(*cut.indices(len(frames)))), 10.0, rate)
     assert len(ticks.stamps) == 60 and np.flatnonzero(ticks.gap).tolist() == list(range(20, 20 + lost))
     np.testing.assert_allclose(ticks.stamps, frames[::k], atol=2)
+
+
+def test_rates_on_a_coarse_clock_and_with_losses():
+    alternating = np.arange(200) * 10 * MS // (4 * MS) * (4 * MS)  # steps of 8 and 12 ms
+    assert typical_period(alternating) == 10 * MS
+    assert typical_period(np.delete(np.arange(100) * P, [20, 21, 50, 70])) == P
+    assert typical_period(np.array([3, 10])) == 7
+    frames = np.arange(50) * P + np.arange(50) % 2 * 4 * MS
+    ticks = camera_ticks(frames, 10.0, 10.0)
+    assert ticks.stamps.tolist() == frames.tolist() and ticks.warnings == ()
 
 
 def test_a_late_frame_is_no_gap():

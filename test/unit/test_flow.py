@@ -134,7 +134,7 @@ def test_two_modes_are_kept_where_regression_averages_them():
         torch.manual_seed(0)
         policy = kind(spec, config(UNetConfig((16,), time_size=32)), unit_normalizer(spec))
         optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
-        for _ in range(300):
+        for _ in range(200):
             side = torch.randint(0, 2, (64, 1, 1), generator=rng) * 2.0 - 1.0
             batch = {'observation': {'state': torch.zeros(64, 1, 1)}, 'action': side.expand(64, 4, 1),
                      'valid': torch.ones(64, 4, dtype=torch.bool)}

@@ -75,7 +75,7 @@ def train(argv: list[str]) -> None:
 
 
 def evaluate(checkpoint: Annotated[Path, tyro.conf.Positional], task: str, episodes: int | None = None,
-             seed: int | None = None, stride: int | None = None, threads: int = 2, output: Path | None = None) -> None:
+             seed: int | None = None, stride: int | None = None, threads: int = 1, output: Path | None = None) -> None:
     """Run a checkpoint in closed loop in a simulated task, without ROS, and print the score.
 
     Args:

@@ -67,11 +67,11 @@ def evaluate_pusht(policy: Policy, episodes: int = 50, seed: int = 100000, strid
     }
 
 
-TASKS = {'pusht': evaluate_pusht}
-
-
 def evaluate(policy: Policy, task: str, **options) -> dict:
     """Evaluate in the named task. Raises PolicyError for unknown tasks, or policies that do not fit."""
-    if task not in TASKS:
-        raise PolicyError(f'no task {task!r}; valid: {", ".join(TASKS)}')
-    return TASKS[task](policy, **options)
+    if task == 'pusht':
+        return evaluate_pusht(policy, **options)
+    if task == 'reach_around':
+        from il_policies.lockstep import evaluate_reach_around  # brings il_runtime's core, which PushT does not need
+        return evaluate_reach_around(policy, **options)
+    raise PolicyError(f'no task {task!r}; valid: pusht, reach_around')

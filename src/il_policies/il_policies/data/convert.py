@@ -23,6 +23,7 @@ from il_policies.data.align import (
     labels,
     next_state,
     observation_at,
+    typical_period,
 )
 from il_policies.data.bag import BagError, bag_info, find_bags, read_bag, topic_types
 from il_policies.data.decode import decode, decode_jpeg, stamp_of
@@ -288,10 +289,10 @@ def _rate_report(stamps: Sequence[int], rate: float) -> dict:
     """One stream as it arrived: rates, steps, gaps (> 1.5 periods), an estimate of what was lost, disorder."""
     report = {'n': len(stamps), 'declared_hz': rate, 'rate_hz': 0.0, 'dt_median_s': 0.0, 'dt_max_s': 0.0, 'gaps': 0,
               'lost': 0, 'out_of_order': int(np.sum(np.diff(stamps) <= 0))}
-    steps = np.diff(np.unique(stamps)) / SECOND
-    if len(steps):
-        period = float(np.median(steps))
-        report |= {'rate_hz': 1 / period, 'dt_median_s': period, 'dt_max_s': float(steps.max()),
+    distinct = np.unique(stamps)
+    if len(distinct) > 1:
+        steps, period = np.diff(distinct) / SECOND, typical_period(distinct) / SECOND
+        report |= {'rate_hz': 1 / period, 'dt_median_s': float(np.median(steps)), 'dt_max_s': float(steps.max()),
                    'gaps': int(np.sum(steps > 1.5 * period)),
                    'lost': int(np.sum(np.maximum(np.round(steps / period) - 1, 0)))}
     return report
