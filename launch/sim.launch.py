@@ -34,9 +34,8 @@ def generate_launch_description() -> LaunchDescription:
     def given(name):
         return IfCondition(PythonExpression(["'", value[name], "' != ''"]))
 
-    def node(executable, *, nice=0, parameters=(), condition=None):
+    def node(executable, *, parameters=(), condition=None):
         return Node(package='il_runtime', executable=executable, output='screen', condition=condition,
-                    prefix=f'nice -n {nice}' if nice else None,
                     parameters=[{'contract': value['contract']}, *parameters])
 
     def typed(name, kind):
@@ -47,12 +46,11 @@ def generate_launch_description() -> LaunchDescription:
         GroupAction([
             PushRosNamespace(value['namespace']),
             SetParameter('use_sim_time', ParameterValue(value['use_sim_time'], value_type=bool)),
-            # The controller comes first: simulator and planner give way when cores are scarce.
             node('controller_node'),
-            node('simulator_node', nice=10, parameters=[
+            node('simulator_node', parameters=[
                 typed('real_time_factor', float), typed('camera', bool),
                 {'publish_clock': ParameterValue(value['use_sim_time'], value_type=bool)}]),
-            node('policy_node', nice=10, condition=given('checkpoint'),
+            node('policy_node', condition=given('checkpoint'),
                  parameters=[{'checkpoint': ParameterValue(value['checkpoint'], value_type=str)}, typed('stride', int)]),
             node('recorder_node', condition=given('bags'),
                  parameters=[{'output': ParameterValue(value['bags'], value_type=str)}]),

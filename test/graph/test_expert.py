@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import yaml
 from conftest import ROOT
 
@@ -27,15 +28,27 @@ def test_it_has_each_scene_recorded_round_both_sides(nodes, tmp_path):
     assert [bag.name for bag in bags] == ['scene_0000_left', 'scene_0000_right']
     for bag in bags:
         facts = yaml.safe_load((bag / 'metadata.yaml').read_text())['rosbag2_bagfile_information']
-        counts = {entry['topic_metadata']['name']: entry['message_count'] for entry in facts['topics_with_message_count']}
+        counts = {entry['topic_metadata']['name']: entry['message_count']
+                  for entry in facts['topics_with_message_count']}
         assert facts['custom_data']['success'] == 'true' and bag.name.split('_')[-1] in facts['custom_data']['task']
         assert facts['duration']['nanoseconds'] > 3.0e9  # of simulated time
         assert counts['/command'] > 150 and counts['/joint_states'] > 300 and counts['/camera/image/compressed'] > 30
     assert all(nodes.stop(name) == 0 for name in list(nodes.processes))
 
 
-def test_it_names_who_does_not_answer():
-    done = expert('demonstrations:=2')
-    assert done.returncode == 1 and 'controller/disarm: nobody offers this service' in done.stderr.splitlines()[-1]
+def test_what_makes_no_session_is_refused_in_one_line():
     done = expert('demonstrations:=3')
     assert done.returncode == 2 and 'must be even' in done.stderr.splitlines()[-1]
+
+
+def test_a_session_names_who_does_not_answer(ros):
+    from il_runtime.session import Session, SessionError
+    node = ros.create_node('lonely')
+    session = Session(node)
+    session.silence_s = 0.5
+    with pytest.raises(SessionError, match='controller/disarm: nobody offers this service'):
+        session.disarm()
+    with pytest.raises(SessionError, match='controller/status is silent for 0.5 s; publishers: 0'):
+        session.wait_status(lambda controller, task: True, timeout=1.0)
+    session.close()
+    node.destroy_node()

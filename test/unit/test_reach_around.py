@@ -40,8 +40,9 @@ def turn(axis, angle) -> np.ndarray:
     return np.eye(3) + np.sin(angle) * K + (1 - np.cos(angle)) * K @ K
 
 
-def tip_by_urdf(positions: dict[str, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Position and rotation of the tip from the URDF's own numbers, without MuJoCo."""
+def tip_by_urdf(positions) -> tuple[np.ndarray, np.ndarray]:
+    """Position and rotation of the tip at positions (6,), from the URDF's own numbers, without MuJoCo."""
+    positions = dict(zip(JOINTS, positions, strict=True))
     joints = {joint.find('child').get('link'): joint for joint in ElementTree.parse(resolve(DESCRIPTION)).iter('joint')
               if joint.get('type') is not None}
     chain, link = [], 'gripper_frame_link'
@@ -73,17 +74,17 @@ def test_the_tip_is_where_the_urdf_puts_it(sim):
     rng, data = np.random.default_rng(0), mujoco.MjData(sim.model)
     for _ in range(20):
         positions = rng.uniform(-1.5, 1.5, 6)
-        data.qpos[:] = [dict(zip(JOINTS, positions))[sim.model.joint(i).name] for i in range(sim.model.njnt)]
+        data.qpos[[sim.model.joint(name).qposadr[0] for name in JOINTS]] = positions
         mujoco.mj_kinematics(sim.model, data)
-        p, R = tip_by_urdf(dict(zip(JOINTS, positions)))
+        p, R = tip_by_urdf(positions)
         np.testing.assert_allclose(data.body('gripper_frame_link').xpos, p, atol=1e-6)
         np.testing.assert_allclose(data.body('gripper_frame_link').xmat.reshape(3, 3), R, atol=1e-6)
 
 
 def test_inverse_kinematics_reaches_with_the_gripper_down():
     tips = np.array([[0.1, 0.02, 0.03], [0.14, 0.0, 0.03], [0.2, -0.08, 0.03], [0.285, 0.03, 0.03], [0.2, 0.0, 0.05]])
-    for tip, positions in zip(tips, inverse_kinematics(tips)):
-        p, R = tip_by_urdf(dict(zip(JOINTS, positions)))
+    for tip, positions in zip(tips, inverse_kinematics(tips), strict=True):
+        p, R = tip_by_urdf(positions)
         np.testing.assert_allclose(p, tip, atol=2e-5)
         np.testing.assert_allclose(R[:, 2], [0, 0, -1], atol=1e-3)
         assert positions[4] == 0
@@ -118,7 +119,7 @@ def test_nothing_before_the_funnel_tells_the_side(sim):
     scene = Scene((0.103, 0.015), (0.28, -0.02))
     left, right = (expert(scene, side, 0.003, np.random.default_rng(5)) for side in (1, -1))
     apart = int(np.argmax(np.abs(left - right).max(axis=1) > 1e-3))
-    tip = tip_by_urdf(dict(zip(JOINTS, left[apart])))[0]
+    tip = tip_by_urdf(left[apart])[0]
     np.testing.assert_allclose(tip[:2], FUNNEL, atol=5e-3)
 
 
@@ -179,7 +180,8 @@ def test_commands_that_mean_nothing_are_refused(sim, command):
 
 def test_scenes_that_mean_nothing_are_refused_and_change_nothing(sim):
     sim.reset(Scene())
-    for scene, fault in ((replace(Scene(), start=(0.6, 0.0)), 'no pose'), (replace(Scene(), goal=(np.inf, 0.0)), 'goal')):
+    for scene, fault in ((replace(Scene(), start=(0.6, 0.0)), 'no pose'),
+                         (replace(Scene(), goal=(np.inf, 0.0)), 'goal')):
         with pytest.raises(SceneError, match=fault):
             sim.reset(scene)
     assert sim.scene == Scene()

@@ -68,6 +68,11 @@ class Planner:
         self._previous = (chunk, start)
         return chunk
 
+    def warm_up(self) -> None:
+        """Plan once from zeros and forget it: a network's first pass is its slowest."""
+        self.plan({name: np.zeros((self.policy.spec.history, *shape)) for name, shape in self.policy.spec.features.items()}, 0.0)
+        self.reset()
+
 
 def resample(chunk: np.ndarray, chunk_start: float, start: float, step_period: float) -> np.ndarray:
     """A chunk (H, D) that began at `chunk_start` on the steps of one that begins at `start`, both [s]. Shape (H, D).

@@ -27,7 +27,7 @@ from il_policies.data.decode import DecodeError, decode
 from il_runtime.core.controller import Controller
 from il_runtime.core.ensembling import MODES, Chunk, ChunkError, Ensembler, arrange
 from il_runtime.core.mode import Mode
-from il_runtime.ros import STATUS_QOS, chunk_qos, declare, nanoseconds, run, start, to_stamp
+from il_runtime.ros import STATUS_QOS, chunk_qos, declare, loud, nanoseconds, run, start, to_stamp
 
 MAX_STAMP_OFFSET = 1.0
 """A chunk whose observation is further than this from now was stamped by another clock [s]."""
@@ -50,17 +50,14 @@ class ControllerNode(LifecycleNode):
             start(self)
 
     # --- lifecycle ----------------------------------------------------------------------------------------------------
+    @loud
     def on_configure(self, _state) -> TransitionCallbackReturn:
         """Read the contract, open topics and services."""
         value = {name: self.get_parameter(name).value for name in ('contract', 'ensembling', 'm', 'seam', 'max_disagreement')}
-        try:
-            self.contract = load_contract(value['contract'])
-            ensembler = Ensembler([joint.tracking_tolerance for joint in self.contract.action_joints],
-                                  value['ensembling'], value['m'], ramp=2.0 / self.contract.control_rate,
-                                  seam=value['seam'], max_disagreement=value['max_disagreement'])
-        except ValueError as error:
-            self.get_logger().error(str(error))
-            return TransitionCallbackReturn.FAILURE
+        self.contract = load_contract(value['contract'])
+        ensembler = Ensembler([joint.tracking_tolerance for joint in self.contract.action_joints], value['ensembling'],
+                              value['m'], ramp=2.0 / self.contract.control_rate, seam=value['seam'],
+                              max_disagreement=value['max_disagreement'])
         # Wall-clock milliseconds: a restarted controller never issues an epoch that a late chunk could carry.
         self.controller = Controller(self.contract, ensembler, first_epoch=time.time_ns() // 1_000_000)
         self.state_stream = self.contract.observations[self.contract.joint_state]

@@ -15,14 +15,13 @@ from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
 from il_policies.contract import load_contract
-from il_policies.sim.reach_around import CONTROL_PERIOD, EPISODE_S, JOINTS, Scene, SceneError, expert, sample_scene
+from il_policies.sim.reach_around import CONTROL_PERIOD, EPISODE_S, JOINTS, TASK, Scene, SceneError, expert, sample_scene
 from il_runtime.ros import chunk_qos, declare, nanoseconds, to_stamp
 from il_runtime.session import Session, SessionError
 
 SIDES = {'left': 1, 'right': -1}
 LEAD_S = 0.06
 """A trajectory starts this long after it is published, so that it has arrived when it starts [s]."""
-TASK = 'to the goal round the {side}'
 
 
 class ExpertNode(Node):
@@ -32,22 +31,24 @@ class ExpertNode(Node):
         """Raises ContractError or ValueError for parameters that make no session."""
         super().__init__('expert')
         self.contract = load_contract(declare(self, 'contract', '', "the robot's contract, a YAML file"))
-        self.demonstrations = declare(self, 'demonstrations', 60, 'how many to record; even, as each scene is shown round both '
-                                      'sides', 2, 100_000)
+        self.demonstrations = declare(self, 'demonstrations', 60, 'how many to record; even, as each scene is shown '
+                                      'round both sides', 2, 100_000)
         self.seed = declare(self, 'seed', 0, 'seed of scenes and noise', 0, 2**31 - 1)
         self.noise = declare(self, 'noise', 0.003, 'size of the smooth random deviation from the path [m]', 0.0, 0.01)
         if self.demonstrations % 2:
-            raise ValueError(f'demonstrations is {self.demonstrations}, must be even: each scene is shown round both sides')
+            raise ValueError(f'demonstrations is {self.demonstrations}, must be even: each scene is shown both ways')
         if sorted(self.contract.action.joints) != sorted(JOINTS):
-            raise ValueError(f'the expert moves {list(JOINTS)}, the contract commands {list(self.contract.action.joints)}')
+            raise ValueError(f'the expert moves {list(JOINTS)}, '
+                             f'the contract commands {list(self.contract.action.joints)}')
         self.chunks = self.create_publisher(ActionChunk, 'chunks', chunk_qos(EPISODE_S))
 
     def publish(self, trajectory: np.ndarray, epoch: int) -> int:
         """Send a trajectory (N, 6) at 50 Hz that starts at once; when it ends [ns]."""
         now = self.get_clock().now().nanoseconds
         start = now + round(LEAD_S * 1e9)
-        message = ActionChunk(start=to_stamp(start), step_period=CONTROL_PERIOD, joint_names=JOINTS, horizon=len(trajectory),
-                              positions=trajectory.astype(np.float32).ravel(), epoch=epoch, sequence=0, policy='expert')
+        message = ActionChunk(start=to_stamp(start), step_period=CONTROL_PERIOD, joint_names=JOINTS,
+                              horizon=len(trajectory), positions=trajectory.astype(np.float32).ravel(), epoch=epoch,
+                              sequence=0, policy='expert')
         message.header.stamp = to_stamp(now)
         self.chunks.publish(message)
         return start + round((len(trajectory) - 1) * CONTROL_PERIOD * 1e9)
@@ -94,9 +95,9 @@ def record_all(node: ExpertNode, session: Session) -> None:
         scene = sample_scene(np.random.default_rng([node.seed, number]))
         # Both sides get the same deviation: what comes before the turn must not tell which side follows.
         trajectory = expert(scene, SIDES[side], node.noise, np.random.default_rng([node.seed, number, 1]))
-        label = f'demonstration {count + 1}/{node.demonstrations} {side}'
+        label, name = f'demonstration {count + 1}/{node.demonstrations} {side}', f'scene_{number:04d}_{side}'
         for last_try in (False, True):
-            problem = demonstrate(node, session, scene, trajectory, TASK.format(side=side), f'scene_{number:04d}_{side}')
+            problem = demonstrate(node, session, scene, trajectory, TASK.format(side=side), name)
             if not problem:
                 break
             if last_try:

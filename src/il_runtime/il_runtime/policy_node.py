@@ -15,7 +15,7 @@ from il_policies.contract import Contract, load_contract
 from il_policies.data.align import buffers, observation_at
 from il_policies.data.decode import DecodeError, decode, stamp_of
 from il_policies.planner import NOISE, Planner
-from il_runtime.ros import STATUS_QOS, chunk_qos, declare, message_class, run, start, to_stamp
+from il_runtime.ros import STATUS_QOS, be_nice, chunk_qos, declare, loud, message_class, run, start, to_stamp
 
 FOLLOWING = (ControllerStatus.HOLD, ControllerStatus.POLICY)
 
@@ -32,25 +32,23 @@ class PolicyNode(LifecycleNode):
         declare(self, 'tau', 0.5, 'warm start: from where the previous chunk is denoised anew; 0 = pure noise', 0.0, 0.99)
         declare(self, 'seed', 0, 'seed of the noise', 0, 2**31 - 1)
         declare(self, 'threads', 1, 'threads of the network', 1, 256)
+        be_nice(self)
         if declare(self, 'autostart', True, 'configure and activate at once'):
             start(self)
 
     # --- lifecycle ----------------------------------------------------------------------------------------------------
+    @loud
     def on_configure(self, _state) -> TransitionCallbackReturn:
         """Load, check, warm up."""
         value = {p: self.get_parameter(p).value for p in ('contract', 'checkpoint', 'stride', 'noise', 'tau', 'seed', 'threads')}
         torch.set_num_threads(value['threads'])
-        try:
-            self.contract = load_contract(value['contract'])
-            self.policy = checkpoint.load(value['checkpoint'])
-            mismatches = differences(self.policy, self.contract)
-            if mismatches:
-                raise ValueError(f'{value["checkpoint"]} was trained for another robot: ' + '; '.join(mismatches))
-            self.planner = Planner(self.policy, value['noise'], value['tau'], value['seed'])
-            classes = {name: message_class(self.contract.observations[name]) for name in self.policy.spec.features}
-        except ValueError as error:
-            self.get_logger().error(str(error))
-            return TransitionCallbackReturn.FAILURE
+        self.contract = load_contract(value['contract'])
+        self.policy = checkpoint.load(value['checkpoint'])
+        mismatches = differences(self.policy, self.contract)
+        if mismatches:
+            raise ValueError(f'{value["checkpoint"]} was trained for another robot: ' + '; '.join(mismatches))
+        self.planner = Planner(self.policy, value['noise'], value['tau'], value['seed'])
+        classes = {name: message_class(self.contract.observations[name]) for name in self.policy.spec.features}
         spec = self.policy.spec
         self.period = round(spec.step_period * 1e9)
         self.stride = value['stride'] * self.period

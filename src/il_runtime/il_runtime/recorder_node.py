@@ -6,7 +6,6 @@ is wall time and a bag must have one clock.
 """
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import time
@@ -15,16 +14,23 @@ from pathlib import Path
 from ament_index_python.packages import PackageNotFoundError, get_package_share_directory
 from il_policies.contract import ContractError, load_contract
 from il_policies.data.bag import BagError, BagWriter, add_definitions, standard_types
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.task import Future
 from sensor_msgs.msg import JointState
 
 from il_msgs.msg import ActionChunk, ControllerStatus, TaskStatus
 from il_msgs.srv import StartEpisode, StopEpisode
-from il_runtime.ros import STATUS_QOS, chunk_qos, declare, run
+from il_runtime.ros import STATUS_QOS, chunk_qos, declare, message_class, run
 
 DEPTH = 1000
 """Messages of a topic that may wait while the disk or the machine is busy: a second of the fastest joint states."""
+
+
+DRAIN_S = 1.0
+"""How long the end of an episode waits for messages that are still on their way [s]."""
 
 
 class RecorderNode(Node):
@@ -42,6 +48,7 @@ class RecorderNode(Node):
         self.writer: BagWriter | None = None
         self.task = ''
         self.failure = ''
+        self.since, self.until = 0, None
 
         # Best effort is compatible with every publisher of a sensor; commands must not be lost.
         sensor = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -50,36 +57,43 @@ class RecorderNode(Node):
         self.topics: dict[str, str] = {}  # resolved topic → type
         self.last_seen: dict[str, float] = {}  # resolved topic → monotonic [s]; the simulated clock may stand still
         for stream in self.contract.observations.values():
-            self._subscribe(stream.topic, _message_class(stream.type), sensor)
+            self._subscribe(stream.topic, message_class(stream), sensor)
         self._subscribe(self.contract.action.topic, JointState, command)
         self._subscribe('task_status', TaskStatus, command)
         self._subscribe('controller/status', ControllerStatus, STATUS_QOS)
         self._subscribe('chunks', ActionChunk, chunk_qos())
         self.create_service(StartEpisode, '~/start_episode', self._on_start)
-        self.create_service(StopEpisode, '~/stop_episode', self._on_stop)
+        # A group of its own: it waits while messages are still being received.
+        self.create_service(StopEpisode, '~/stop_episode', self._on_stop, callback_group=MutuallyExclusiveCallbackGroup())
         self.get_logger().info(f'{self.contract.robot}: recording to {self.output} on request')
 
-    def _subscribe(self, name: str, message_class, qos: QoSProfile) -> None:
+    def _subscribe(self, name: str, kind, qos: QoSProfile) -> None:
         topic = self.resolve_topic_name(name)
         if topic in self.topics:
             return  # two features of one topic
-        self.topics[topic] = _type_name(message_class)
+        self.topics[topic] = _type_name(kind)
         add_definitions(self.types, self.topics[topic], _definitions)
 
         def on_message(data: bytes, info: dict) -> None:
             self._on_message(topic, data, info)
 
-        self.create_subscription(message_class, topic, on_message, qos, raw=True)
+        self.create_subscription(kind, topic, on_message, qos, raw=True)
 
     def _on_message(self, topic: str, data: bytes, info: dict) -> None:
         self.last_seen[topic] = time.monotonic()
-        if self.writer is None:
+        sent = info['source_timestamp']
+        if self.writer is None or sent < self.since:
+            return
+        if self.until is not None and sent > self.until:
+            self.waiting_for.discard(topic)
+            if not self.waiting_for:
+                self.drained.set_result(None)
             return
         if self.sim_time:
             received = published = self.get_clock().now().nanoseconds
         else:
             received = info['received_timestamp'] or self.get_clock().now().nanoseconds
-            published = info['source_timestamp'] or received
+            published = sent or received
         try:
             self.writer.write(topic, data, received, published)
         except OSError as error:
@@ -104,6 +118,7 @@ class RecorderNode(Node):
             response.message = str(error)
             return response
         self.writer, self.task, self.failure = writer, request.task, ''
+        self.since, self.until = time.time_ns(), None
         response.success, response.path = True, str(writer.path)
         return response
 
@@ -124,9 +139,20 @@ class RecorderNode(Node):
                               f'{self.count_publishers(topic)} publishers)')
         return f'silent: {", ".join(silent)}' if silent else ''
 
-    def _on_stop(self, request: StopEpisode.Request, response: StopEpisode.Response) -> StopEpisode.Response:
-        if self.writer is None:
+    async def _on_stop(self, request: StopEpisode.Request, response: StopEpisode.Response) -> StopEpisode.Response:
+        if self.writer is None or self.until is not None:
             response.message = self.failure or 'nothing is being recorded'
+            return response
+        # A busy machine hands messages over late: what was sent before now belongs to the episode, and what is sent after
+        # it tells that a topic has nothing more to come.
+        self.until = time.time_ns()
+        self.waiting_for = {self.resolve_topic_name(stream.topic) for stream in self.contract.observations.values()}
+        self.drained = Future()
+        give_up = self.create_timer(DRAIN_S, lambda: self.drained.set_result(None), clock=Clock(clock_type=ClockType.STEADY_TIME))
+        await self.drained
+        self.destroy_timer(give_up)
+        if self.writer is None:  # the disk gave up meanwhile
+            response.message = self.failure
             return response
         response.path = str(self.writer.path)
         try:
@@ -155,14 +181,6 @@ class RecorderNode(Node):
         if self.writer is not None:
             self._close('unknown', interrupted=True)
             self.get_logger().warning(f'interrupted: {self.writer.path} was completed without a label')
-
-
-def _message_class(type_name: str):
-    try:
-        package, kind, name = type_name.split('/')
-        return getattr(importlib.import_module(f'{package}.{kind}'), name)
-    except (ImportError, AttributeError, ValueError):
-        raise ContractError(f'message type {type_name} is not installed here') from None
 
 
 def _type_name(message_class) -> str:

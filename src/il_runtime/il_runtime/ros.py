@@ -1,8 +1,11 @@
 """What the nodes share: parameters with descriptions, QoS, stamps, and a main that ends in order."""
 from __future__ import annotations
 
+import functools
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 import rclpy
@@ -64,6 +67,26 @@ def nanoseconds(stamp: Time) -> int:
 def to_stamp(time: int) -> Time:
     """Nanoseconds as a stamp."""
     return Time(sec=time // 1_000_000_000, nanosec=time % 1_000_000_000)
+
+
+def be_nice(node) -> None:
+    """Declare `nice` and give way by that much: simulator and planner must not delay the controller on a busy machine."""
+    os.nice(declare(node, 'nice', 10, "added to the process's niceness: 0 competes with the controller, 19 gives way", 0, 19))
+
+
+def loud(transition):
+    """Decorator for lifecycle callbacks: rclpy turns an exception into ERROR without a word; this names it."""
+    @functools.wraps(transition)
+    def wrapped(node, state):
+        try:
+            return transition(node, state)
+        except ValueError as error:  # ours, written to be read
+            node.get_logger().error(str(error))
+            return TransitionCallbackReturn.FAILURE
+        except Exception:
+            node.get_logger().error(traceback.format_exc())
+            raise
+    return wrapped
 
 
 def start(node) -> None:

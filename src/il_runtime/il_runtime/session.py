@@ -1,7 +1,7 @@
 """Driving the graph from a script: reset the task, record, arm, wait, one call after the other.
 
-Timeouts of what the robot does are in the node's clock, so they hold at any real-time factor; a wall-clock watchdog names
-whatever stopped answering.
+Timeouts of what the robot does are in the node's clock, so they hold at any real-time factor; a wall-clock watchdog
+names whatever stopped answering.
 """
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from il_policies.sim.reach_around import Scene
 from il_runtime.ros import STATUS_QOS
 
 PATIENCE_S = 5.0
-"""Recorder and controller refuse while a stream has just begun or lags; they are asked again for this long [s, wall]."""
+"""Recorder and controller refuse while a stream has just begun or lags: they are asked again so long [s, wall]."""
 SETTLE_S = 0.1
 """From a reset until joint states of the new pose have reached everybody [s]."""
-MODES = {getattr(ControllerStatus, name): name for name in ('INACTIVE', 'HOLD', 'POLICY', 'TELEOP', 'STOPPING', 'FAULT')}
+MODES = {getattr(ControllerStatus, name): name
+         for name in ('INACTIVE', 'HOLD', 'POLICY', 'TELEOP', 'STOPPING', 'FAULT')}
 
 
 class SessionError(RuntimeError):
@@ -31,7 +32,7 @@ class SessionError(RuntimeError):
 
 
 class Session:
-    """Synchronous calls to simulator, controller and recorder. Spins the node in a thread of its own: do not spin it elsewhere."""
+    """Synchronous calls to simulator, controller and recorder. Spins the node in a thread: do not spin it elsewhere."""
 
     def __init__(self, node: Node):
         self.node = node
@@ -59,10 +60,10 @@ class Session:
         self._thread.join(timeout=2.0)
 
     def reset(self, scene: Scene) -> int:
-        """Put the arm and the goal where the scene says, wait until that is seen; the episode's number. Disarm first."""
+        """Put arm and goal where the scene says, wait until that is seen; the episode's number. Disarm first."""
         episode = self._call(self._reset, ResetTask.Request(start=scene.start, goal=scene.goal)).episode
         if not self.wait_status(lambda _, task: task.episode == episode and task.elapsed >= SETTLE_S, 5.0):
-            raise SessionError(f'task_status still shows episode {self.task.episode} after the reset to episode {episode}')
+            raise SessionError(f'task_status shows episode {self.task.episode} after the reset to episode {episode}')
         return episode
 
     def arm(self) -> int:
@@ -87,7 +88,7 @@ class Session:
         return self._call(self._stop, StopEpisode.Request(task_succeeded=succeeded, discard=discard)).path
 
     def wait_status(self, predicate: Callable[[ControllerStatus, TaskStatus], bool], timeout: float) -> bool:
-        """Wait until predicate(controller, task) holds for the latest of both; False after `timeout` [s] of the node's clock.
+        """Wait until predicate(controller, task) holds for the latest of both; False after `timeout` [s, node's clock].
 
         Raises SessionError if one of them falls silent.
         """
@@ -110,7 +111,9 @@ class Session:
 
     def describe(self) -> str:
         """The controller's mode and its reason, in words."""
-        return f'{MODES.get(self.controller.mode, self.controller.mode)}: {self.controller.reason}' if self.controller else 'unknown'
+        if self.controller is None:
+            return 'unknown'
+        return f'{MODES.get(self.controller.mode, self.controller.mode)}: {self.controller.reason}'
 
     def _call(self, client, request, patience: float = 0.0):
         """The response, once it is a success; a refusal is final after `patience` [s, wall]."""

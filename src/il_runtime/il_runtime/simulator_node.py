@@ -21,7 +21,7 @@ from std_msgs.msg import Float64MultiArray
 
 from il_policies.contract import Stream, load_contract
 from il_policies.sim.reach_around import CONTROL_PERIOD, JOINTS, PHYSICS_STEP, ReachAround, Scene, SceneError
-from il_runtime.ros import declare, run, to_stamp
+from il_runtime.ros import be_nice, declare, run, to_stamp
 
 STATUS_RATE = 20.0
 """Rate of the task status [Hz of simulated time]."""
@@ -39,9 +39,10 @@ class SimulatorNode(Node):
         super().__init__('simulator')
         contract = declare(self, 'contract', '', "the robot's contract, a YAML file")
         camera = declare(self, 'camera', True, "publish the contract's cameras")
-        size = declare(self, 'camera_size', [0, 0], 'height and width of published images [px]; 0, 0: as in the contract')
-        self.factor = declare(self, 'real_time_factor', 1.0, 'simulated seconds per second; other than 1 needs publish_clock',
-                              0.05, 100.0)
+        size = declare(self, 'camera_size', [0, 0], 'height and width of images [px]; 0, 0: as in the contract')
+        self.factor = declare(self, 'real_time_factor', 1.0, 'simulated seconds per second; other than 1 needs '
+                              'publish_clock', 0.05, 100.0)
+        be_nice(self)
         self.publish_clock = declare(self, 'publish_clock', False, 'publish /clock and stamp with simulated time')
         self.contract = load_contract(contract)
         if self.factor != 1.0 and not self.publish_clock:
@@ -49,16 +50,18 @@ class SimulatorNode(Node):
         if len(size) != 2 or min(size) < 0 or max(size) > 4096 or (0 in size and max(size) > 0):
             raise SceneError(f'camera_size is {list(size)}, must be height and width, 1 to 4096 each, or 0, 0')
         if sorted(self.contract.action.joints) != sorted(JOINTS):
-            raise SceneError(f'this task moves {list(JOINTS)}, the contract commands {list(self.contract.action.joints)}')
+            raise SceneError(f'this task moves {list(JOINTS)}, '
+                             f'the contract commands {list(self.contract.action.joints)}')
         self.order = [self.contract.action.joints.index(name) for name in JOINTS]
         self.sim = ReachAround(camera=camera)
         self.lock = threading.Lock()  # over the simulation, between its thread and a reset
         self.target: np.ndarray | None = None
         self.episode = 0
-        self.time_ns = 0
+        self.time_ns = STEP_NS  # a stamp of 0 means none
         self.outputs = self._outputs(camera, tuple(size))
-        self.clock_publisher = self.create_publisher(Clock, '/clock', QoSProfile(depth=10)) if self.publish_clock else None
-        self.create_subscription(Float64MultiArray, self.contract.action.output_topic, self._on_command, QoSProfile(depth=1))
+        self.clock = self.create_publisher(Clock, '/clock', QoSProfile(depth=10)) if self.publish_clock else None
+        self.create_subscription(Float64MultiArray, self.contract.action.output_topic, self._on_command,
+                                 QoSProfile(depth=1))
         self.create_service(ResetTask, '~/reset', self._on_reset)
 
         self.running = True
@@ -72,11 +75,12 @@ class SimulatorNode(Node):
         self.get_logger().info(f'{self.contract.robot}: reach_around at real-time factor {self.factor:g}')
 
     def _outputs(self, camera: bool, size: tuple[int, int]) -> list[list]:
-        """[next time due [ns], period [ns], function that publishes at a stamp] of every topic; images last, they take longest."""
+        """Of every topic: next time due [ns], period [ns], function that publishes at a stamp; slow images last."""
         makers = {'sensor_msgs/msg/JointState': (JointState, lambda name, stream: self._joint_state),
                   'geometry_msgs/msg/PointStamped': (PointStamped, lambda name, stream: self._goal)}
         if camera:
-            makers['sensor_msgs/msg/CompressedImage'] = (CompressedImage, lambda name, stream: self._image_of(name, stream, size))
+            makers['sensor_msgs/msg/CompressedImage'] = (
+                CompressedImage, lambda name, stream: self._image_of(name, stream, size))
         outputs, topics = [], set()
         for name, stream in self.contract.observations.items():
             if stream.topic in topics or (stream.is_image and not camera):
@@ -85,7 +89,8 @@ class SimulatorNode(Node):
                 raise SceneError(f'observations.{name}: {stream.type} is not simulated; there are: {", ".join(makers)}')
             topics.add(stream.topic)
             kind, maker = makers[stream.type]
-            outputs.append([stream, self.create_publisher(kind, stream.topic, QoSProfile(depth=10)), maker(name, stream)])
+            publisher = self.create_publisher(kind, stream.topic, QoSProfile(depth=10))
+            outputs.append([stream, publisher, maker(name, stream)])
         outputs.sort(key=lambda output: output[0].is_image)
         status = self.create_publisher(TaskStatus, 'task_status', QoSProfile(depth=10))
         entries = [[round(1e9 / STATUS_RATE), status, self._task_status]]
@@ -131,8 +136,8 @@ class SimulatorNode(Node):
             started.set()
         began = base = time.monotonic()
         period = PHYSICS_STEP / self.factor
-        # Whoever follows /clock must keep up with it: on a busy machine it slows down, it does not race to catch up. Without it
-        # the wall is the clock: physics catches up, and nothing is published twice.
+        # Whoever follows /clock must keep up with it: on a busy machine it slows down, it does not race to catch up.
+        # Without it the wall is the clock: physics catches up, and nothing is published twice.
         most = round((CONTROL_PERIOD if self.publish_clock else MAX_LAG) / PHYSICS_STEP)
         steps = 0
         while self.running:
@@ -153,8 +158,8 @@ class SimulatorNode(Node):
                 self.sim.advance(count)
                 steps += count
                 self.time_ns += count * STEP_NS
-                if self.clock_publisher is not None:
-                    self.clock_publisher.publish(Clock(clock=to_stamp(self.time_ns)))
+                if self.clock is not None:
+                    self.clock.publish(Clock(clock=to_stamp(self.time_ns)))
                 self._publish_due()
         achieved = steps * PHYSICS_STEP / (time.monotonic() - began)
         self.get_logger().info(f'{steps * PHYSICS_STEP:.1f} s simulated at real-time factor {achieved:.2f}')
@@ -183,7 +188,8 @@ class SimulatorNode(Node):
         sim = self.sim
         message = TaskStatus(episode=self.episode, elapsed=sim.time, reached=sim.reached, touched=sim.touched)
         message.header.stamp, message.header.frame_id = stamp, 'base_link'
-        message.tip = Point(**dict(zip('xyz', sim.tip.tolist())))
+        x, y, z = sim.tip.tolist()
+        message.tip = Point(x=x, y=y, z=z)
         message.goal = Point(x=sim.scene.goal[0], y=sim.scene.goal[1], z=0.0)
         return message
 

@@ -1,9 +1,9 @@
 """Reach around: an SO-101 brings its gripper to a goal behind a pillar, round its left or its right.
 
-Both ways are equally good and start alike, through a funnel in front of the pillar: whoever averages the demonstrations drives
-into the pillar. The arm is the URDF of `example-robot-data`; physics is MuJoCo with position servos.
+Both ways are equally good and start alike, through a funnel in front of the pillar: whoever averages the demonstrations
+drives into the pillar. The arm is the URDF of `example-robot-data`; physics is MuJoCo with position servos.
 
-Lengths in [m], angles in [rad], times in [s]. The world frame is the arm's base: x forward, y left, z up, table at z = 0.
+Lengths in [m], angles in [rad], times in [s]. The world frame is the arm's base: x forward, y left, z up, table z = 0.
 """
 from __future__ import annotations
 
@@ -65,6 +65,9 @@ SERVO = {'kp': 17.8, 'damping': 0.6, 'armature': 0.028, 'frictionloss': 0.052, '
 
 CAMERA = 'front'
 
+TASK = 'to the goal round the {side}'
+"""What a demonstration does, in words."""
+
 
 class SceneError(ValueError):
     """A scene or a description that cannot be simulated; the message says what was received and what is valid."""
@@ -82,14 +85,15 @@ class Scene:
 
 def sample_scene(rng: np.random.Generator) -> Scene:
     """A scene drawn uniformly from the start and goal areas."""
-    return Scene(start=(rng.uniform(*START_X), rng.uniform(*START_Y)), goal=(rng.uniform(*GOAL_X), rng.uniform(*GOAL_Y)))
+    return Scene(start=(rng.uniform(*START_X), rng.uniform(*START_Y)),
+                 goal=(rng.uniform(*GOAL_X), rng.uniform(*GOAL_Y)))
 
 
 def resolve(uri: str) -> Path:
     """The file a ``package://<package>/<path>`` URI names.
 
-    Looks in the share folders of `AMENT_PREFIX_PATH` (hyphens and underscores in the package's name are the same), then in the
-    Python distribution of that name. Raises SceneError.
+    Looks in the share folders of `AMENT_PREFIX_PATH` (hyphens and underscores in the package's name are the same), then
+    in the Python distribution of that name. Raises SceneError.
     """
     match = re.fullmatch(r'package://([^/]+)/(.+)', uri)
     if not match:
@@ -106,8 +110,8 @@ def resolve(uri: str) -> Path:
         for name in names:
             if (found := prefix / 'share' / name / path).is_file():
                 return found
-    raise SceneError(f'{uri}: not found; install it with "pip install example-robot-data" or source a ROS 2 workspace that has '
-                     f'{package}')
+    raise SceneError(f'{uri}: not found; install it with "pip install example-robot-data" or source a ROS 2 workspace '
+                     f'that has {package}')
 
 
 @functools.lru_cache(maxsize=1)
@@ -121,8 +125,8 @@ def build_model() -> mujoco.MjModel:
     share = str(urdf)[:-len(path)]
     text = urdf.read_text().replace(f'package://{package}/', share)
     # Static links stay bodies of their own, so that the tip keeps its name.
-    text = re.sub(r'<robot [^>]*>', r'\g<0><mujoco><compiler strippath="false" discardvisual="false" fusestatic="false"/></mujoco>',
-                  text, count=1)
+    options = '<mujoco><compiler strippath="false" discardvisual="false" fusestatic="false"/></mujoco>'
+    text = re.sub(r'<robot [^>]*>', lambda tag: tag[0] + options, text, count=1)
     spec = mujoco.MjSpec.from_string(text)
     spec.option.timestep = PHYSICS_STEP
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
@@ -148,7 +152,8 @@ def build_model() -> mujoco.MjModel:
     world.add_geom(name='pillar', type=shape.mjGEOM_CYLINDER, pos=[*PILLAR, PILLAR_HEIGHT / 2],
                    size=[PILLAR_RADIUS, PILLAR_HEIGHT / 2, 0], rgba=[0.80, 0.24, 0.20, 1], **obstacle)
     goal = world.add_body(name='goal', mocap=True)
-    goal.add_geom(type=shape.mjGEOM_CYLINDER, pos=[0, 0, 0.001], size=[REACH_TOLERANCE, 0.001, 0], rgba=[0.10, 0.62, 0.35, 1], **ghost)
+    goal.add_geom(type=shape.mjGEOM_CYLINDER, pos=[0, 0, 0.001], size=[REACH_TOLERANCE, 0.001, 0],
+                  rgba=[0.10, 0.62, 0.35, 1], **ghost)
     add_camera(world, CAMERA, position=(0.62, -0.24, 0.36), target=(0.125, 0.0, 0.09), fovy=36)
     world.add_light(pos=[0.4, 0.4, 1.2], dir=[-0.25, -0.3, -1], diffuse=[0.5, 0.5, 0.5], specular=[0.1, 0.1, 0.1],
                     cutoff=90, exponent=0, castshadow=False)
@@ -165,9 +170,10 @@ def build_model() -> mujoco.MjModel:
 
 
 def simplified_stl(path: Path, cell: float) -> tuple[np.ndarray, np.ndarray]:
-    """A binary STL with the vertices of each cubic cell of that size [m] merged: vertices (V, 3) float32, faces (F, 3) int32.
+    """A binary STL with the vertices of each cubic cell of that size [m] merged into one.
 
-    The arm's 400,000 triangles take 50 ms to draw without a GPU and 2 s to load; merging moves the surface by less than a cell.
+    Returns vertices (V, 3) float32 and faces (F, 3) int32. The arm's 400,000 triangles take 50 ms to draw without a GPU
+    and 2 s to load; merging moves the surface by less than a cell.
     """
     record = np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)), ('attribute', '<u2')])
     corners = np.frombuffer(path.read_bytes(), record, offset=84)['corners'].reshape(-1, 3)
@@ -195,7 +201,7 @@ class ReachAround:
     """One simulated arm with its task. Deterministic: the same scene and commands give the same motion."""
 
     def __init__(self, camera: bool = True):
-        """With `camera`, fails at once with SceneError where nothing can be rendered, instead of at the first image."""
+        """Raises SceneError if images are wanted of a machine without EGL."""
         self.model = build_model()
         self.data = mujoco.MjData(self.model)
         self._qpos = np.array([self.model.joint(name).qposadr[0] for name in JOINTS])
@@ -206,11 +212,15 @@ class ReachAround:
         self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
         self._posed: mujoco.MjData | None = None
         if camera and os.environ.get('MUJOCO_GL') == 'disable':
-            raise SceneError('images cannot be rendered without libEGL: "apt install libegl1 libgl1", or run without the camera')
+            raise SceneError('images cannot be rendered without libEGL: "apt install libegl1 libgl1", or run without '
+                             'the camera')
         self.reset(Scene())
 
     def reset(self, scene: Scene) -> None:
-        """Put the arm to rest at the scene's start, commanded to stay there. Raises SceneError if the start is out of reach."""
+        """Put the arm to rest at the scene's start, commanded to stay there.
+
+        Raises SceneError, and changes nothing, if the start is out of reach.
+        """
         positions = inverse_kinematics(np.array([[*scene.start, TIP_HEIGHT]]))[0]
         if not np.isfinite(scene.goal).all():
             raise SceneError(f'goal is {tuple(scene.goal)}, must be finite')
@@ -251,7 +261,7 @@ class ReachAround:
             self.reached |= self._rested >= REST_S and self.time <= EPISODE_S
 
     def _update(self) -> None:
-        # Second halves of a step come first in `advance`, so that poses and contacts are always those of the current positions.
+        # `advance` does the second half of a step first, so that poses and contacts always belong to the positions.
         mujoco.mj_step1(self.model, self.data)
         self.touched |= bool((self.data.contact.geom == self._pillar).any())
 
@@ -294,7 +304,7 @@ class ReachAround:
         return self._render(self.data, size)
 
     def render_pose(self, positions, goal: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
-        """The camera's image of any pose and goal, without touching the simulation; for replays. Positions shape (6,)."""
+        """The camera's image of any pose, shape (6,), and goal, for replays; the simulation stays as it is."""
         if self._posed is None:
             self._posed = mujoco.MjData(self.model)
         self._posed.qpos[self._qpos] = positions
@@ -343,7 +353,7 @@ def inverse_kinematics(tips: np.ndarray, gripper: float = GRIPPER) -> np.ndarray
             data.qpos[qpos] = q
             mujoco.mj_kinematics(model, data)
             mujoco.mj_comPos(model, data)
-            # The tip's z axis is the gripper's direction; turning it onto straight down is a rotation about their cross product.
+            # The tip's z axis is the gripper's direction; it turns onto straight down about their cross product.
             turn = np.cross(data.xmat[tip].reshape(3, 3)[:, 2], [0.0, 0.0, -1.0])
             error = np.concatenate([target - data.xpos[tip], 0.1 * turn])  # 0.1 m per rad makes both comparable
             if not np.isfinite(error).all() or np.abs(error).max() < 1e-5:
@@ -377,16 +387,17 @@ def minimum_jerk(u: np.ndarray) -> np.ndarray:
 
 
 def expert(scene: Scene, side: int, noise: float = 0.0, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Joint targets at 50 Hz from the start through the funnel, round the pillar, to the goal, and a rest there. Shape (N, 6).
+    """Joint targets at 50 Hz from start through funnel, round the pillar, to the goal, and a rest there. Shape (N, 6).
 
     side: +1 passes the pillar on its left (y > 0), -1 on its right.
-    noise: size of a smooth random deviation from the path [m], zero at both ends; `rng` draws it. Give both sides of a scene
-        the same draw, or the way to the funnel tells them apart.
+    noise: size of a smooth random deviation from the path [m], zero at both ends; `rng` draws it. Give both sides of a
+        scene the same draw, or the way to the funnel tells them apart.
     """
     if side not in (-1, 1):
         raise ValueError(f'side is {side}, valid: +1 (left), -1 (right)')
-    # Via points, and direction times relative speed there. The funnel is left slowly and straight ahead, whatever the side; the
-    # goal is approached from the side. So the gripper stays 12 mm clear of the pillar and the joints at 80 % of their limits.
+    # Via points, and direction times relative speed there. The funnel is left slowly and straight ahead, whatever the
+    # side; the goal is approached from the side. So the gripper stays 12 mm clear of the pillar, and joints below 85 %
+    # of their limits.
     points = np.array([scene.start, FUNNEL, (PILLAR[0], side * DETOUR_Y), scene.goal])  # (4, 2)
     lengths = np.linalg.norm(np.diff(points, axis=0), axis=1)
     # The same timing for both sides, or the speed before the turn would tell which side follows.

@@ -25,7 +25,7 @@ from rich.table import Table
 from il_policies.contract import load_contract
 from il_policies.data.convert import convert, summary_line
 from il_policies.data.store import DataError
-from il_policies.sim.reach_around import Scene
+from il_policies.sim.reach_around import TASK, Scene
 from il_runtime.demo.processes import DemoError, Processes, terminate_like_interrupt
 
 DEMONSTRATIONS = 60
@@ -36,8 +36,6 @@ SCENES_SEED = 1000
 """Starts and goals of the evaluation; demonstrations have other seeds."""
 ONE_START = Scene()
 STRIDE = 8
-NICE = 10
-"""Of simulator and planner: the controller comes first."""
 
 console = Console(highlight=False)
 
@@ -132,7 +130,7 @@ def train(out: Path, config: Path) -> dict[str, dict]:
 def start_training(processes: Processes, name: str, out: Path, config: Path, checkpoint: Path) -> subprocess.Popen:
     """Start `il train` for one policy; the one-sided control sees only the demonstrations round the left."""
     kind, _, side = name.partition('_')
-    where = ['--where', f'side={side}'] if side else []
+    where = ['--where', 'task=' + TASK.format(side=side)] if side else []
     return processes.start(f'train_{name}', [
         sys.executable, '-m', 'il_policies.cli', 'train', str(out / 'dataset'), '--output', str(checkpoint), '--preset',
         str(config / 'policies' / f'{kind}.yaml'), '--steps', str(TRAINING_STEPS), '--threads', '1', *where])
@@ -154,9 +152,9 @@ def closed_loop(out: Path, contract_path: Path) -> dict[str, dict]:
     contract, results = load_contract(contract_path), {}
     for name in ('bc', 'flow'):
         with Processes(out / 'logs') as processes:
-            processes.node('simulator_node', nice=NICE, contract=contract_path)
+            processes.node('simulator_node', contract=contract_path)
             processes.node('controller_node', contract=contract_path)
-            processes.node('policy_node', nice=NICE, contract=contract_path, checkpoint=out / 'checkpoints' / name, stride=STRIDE)
+            processes.node('policy_node', contract=contract_path, checkpoint=out / 'checkpoints' / name, stride=STRIDE)
             rclpy.init()
             try:
                 with bar(f'{name} over DDS', EPISODES_DDS) as advance:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import subprocess
 import sys
@@ -38,21 +37,21 @@ class Processes:
                 process.kill()
                 process.wait()
 
-    def start(self, name: str, command: list[str], nice: int = 0, **options) -> subprocess.Popen:
+    def start(self, name: str, command: list[str], **options) -> subprocess.Popen:
         """Start a command under a name; its output goes to <logs>/<name>.log unless stdout is given."""
         self.logs.mkdir(parents=True, exist_ok=True)
         with open(self.logs / f'{name}.log', 'w') as log:
             options.setdefault('stdout', log)
             self.running[name] = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                                                  preexec_fn=lambda: _as_child(nice), text=True, **options)
+                                                  preexec_fn=_end_with_parent, text=True, **options)
         return self.running[name]
 
-    def node(self, name: str, nice: int = 0, use_sim_time: bool = False, stdout=None, **parameters) -> subprocess.Popen:
+    def node(self, name: str, use_sim_time: bool = False, stdout=None, **parameters) -> subprocess.Popen:
         """Start a node of il_runtime with parameters."""
         arguments = [word for key, value in (('use_sim_time', use_sim_time), *parameters.items())
                      for word in ('-p', f'{key}:={str(value).lower() if isinstance(value, bool) else value}')]
         options = {} if stdout is None else {'stdout': stdout}
-        return self.start(name, [sys.executable, '-m', f'il_runtime.{name}', '--ros-args', *arguments], nice, **options)
+        return self.start(name, [sys.executable, '-m', f'il_runtime.{name}', '--ros-args', *arguments], **options)
 
     def check(self) -> None:
         """Raise DemoError if a process has ended that should be running."""
@@ -67,8 +66,7 @@ class Processes:
         return f'{lines[-1] if lines else "it printed nothing"} (log: {log})'
 
 
-def _as_child(nice: int) -> None:
-    os.nice(nice)
+def _end_with_parent() -> None:
     # If the demo itself is killed, the kernel ends its children (Linux: PR_SET_PDEATHSIG = 1).
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 

@@ -26,12 +26,13 @@ from il_policies.data.store import Dataset, DataError
 from il_policies.sim import reach_around as task
 from il_policies.sim.reach_around import ReachAround, SceneError
 
-# Told apart without colour vision too: blue and grey, green and vermilion differ in lightness, late runs are dashed, contacts
-# are crossed.
+# Told apart with any colour vision (CIELAB distance of outcomes at least 30 where red or green is not seen); besides, late runs
+# are dashed and contacts crossed.
 INK, SOFT, LINE = '#1d2733', '#5d6b79', '#dfe5eb'
-STYLES = {'left': ('#2b74b8', '-'), 'right': ('#8a93a0', '-'), 'reached': ('#0b8f6f', '-'), 'touched': ('#dc5326', '-'),
-          'late': ('#a8801a', (0, (4, 2)))}
+STYLES = {'left': ('#2b74b8', '-'), 'right': ('#8a93a0', '-'), 'reached': ('#0f9d86', '-'), 'touched': ('#cf4417', '-'),
+          'late': ('#6b4c9a', (0, (4, 2)))}
 """What a path is → colour and dashes."""
+MEASURED = '#c2528b'
 VIEW = (-11.0, 11.0), (8.5, 31.0)
 """Every view from above shows these y and x [cm]."""
 CLIP_FPS, CLIP_SIZE, CLIP_HOLD_S = 10, (480, 360), 1.2
@@ -182,44 +183,28 @@ def load_shown(rollouts: Rollouts) -> Shown:
                  'reached' if 'reached' in rollouts.outcomes else rollouts.outcomes[0])
 
 
-def chunk_view(ax: Axes, shown: Shown, joint: int, low: float, high: float, close: bool) -> None:
-    """Chunks, command and measurement of one joint between two times. close: with the steps and ticks as dots."""
+def chunk_figure(shown: Shown, joint: int, low: float, high: float, close: bool, size: tuple[float, float]) -> Figure:
+    """Chunks, command and measurement of one joint between two times [s]. close: with steps and ticks as dots."""
+    drawing = Figure(figsize=size, layout='constrained')
+    ax = drawing.subplots()
     ax.grid(True)
-    colours = matplotlib.colormaps['viridis'](Normalize(0, max(shown.command_times[-1], 1e-9))(shown.chunk_starts) * 0.9)
-    for i, colour in enumerate(colours):
-        ax.plot(shown.chunk_times(i), np.rad2deg(shown.chunks[i, :, joint]), color=colour, linewidth=1.6 if close else 1.3,
-                marker='o', markersize=4.5 if close else 0, zorder=2, label='chunks, by time' if i == len(colours) // 2 else None)
-        if not close:
-            ax.plot(shown.chunk_starts[i], np.rad2deg(shown.chunks[i, 0, joint]), 'o', color=colour, markersize=5, zorder=2)
-    ax.plot(shown.command_times, np.rad2deg(shown.commands[:, joint]), color=INK, linewidth=1.4 if close else 2.6,
-            marker='.' if close else '', markersize=5, zorder=3, label='command, 50 Hz')
-    ax.plot(shown.joint_times, np.rad2deg(shown.joints[:, joint]), color='#dc5326', linewidth=1.3, linestyle=(0, (4, 2)), zorder=4,
-            label='measured')
-    drawn = [np.rad2deg(values[(times >= low) & (times <= high), joint]) for times, values in
-             [(shown.command_times, shown.commands), (shown.joint_times, shown.joints),
-              *((shown.chunk_times(i), shown.chunks[i]) for i in range(len(shown.chunks)))]]
+    command, joints, steps = (np.rad2deg(values[..., joint]) for values in (shown.commands, shown.joints, shown.chunks))
+    times = [shown.chunk_times(i) for i in range(len(steps))]
+    drawn = [values[(at >= low) & (at <= high)] for at, values in ((shown.command_times, command), (shown.joint_times, joints),
+                                                                   *zip(times, steps))]
+    ax.plot(shown.command_times, command, color=INK, linewidth=4.5, solid_joinstyle='round', zorder=2)
+    ax.plot(shown.joint_times, joints, color=MEASURED, linewidth=1.5, linestyle=(0, (4, 2)), zorder=3)
+    for i, place in enumerate(Normalize(0, max(shown.command_times[-1], 1e-9))(shown.chunk_starts)):
+        colour = matplotlib.colormaps['viridis'](0.4 + 0.52 * place)
+        ax.plot(times[i], steps[i], color=colour, linewidth=1.7, marker='o' if close else '', markersize=5, zorder=4)
+        ax.plot(times[i][0], steps[i, 0], 'o', color=colour, markersize=8 if close else 6, zorder=4)
+    if close:
+        ax.plot(shown.command_times, command, '.', color='white', markersize=3, zorder=5)
     drawn = np.concatenate(drawn)
     margin = 0.08 * np.ptp(drawn) + 0.1
     ax.set(xlim=(low, high), ylim=(drawn.min() - margin, drawn.max() + margin), xlabel='time [s]', ylabel='shoulder_pan [°]')
     ax.spines['left'].set_visible(False)
-
-
-def chunk_figure(shown: Shown, joint: int, size: tuple[float, float]) -> Figure:
-    """The whole episode."""
-    figure = Figure(figsize=size, layout='constrained')
-    ax = figure.subplots()
-    chunk_view(ax, shown, joint, min(0.0, shown.chunk_starts[0]), shown.command_times[-1], close=False)
-    ax.legend(frameon=False, ncols=3, loc='lower left', bbox_to_anchor=(-0.02, 1.0), handlelength=1.6, columnspacing=1.2,
-              borderaxespad=0.1)
-    return figure
-
-
-def seam_figure(shown: Shown, joint: int, size: tuple[float, float]) -> Figure:
-    """Where successive chunks differ most."""
-    figure = Figure(figsize=size, layout='constrained')
-    start, _ = shown.seam(joint)
-    chunk_view(figure.subplots(), shown, joint, start - 0.25, start + 0.55, close=True)
-    return figure
+    return drawing
 
 
 def lateness_figure(lateness: np.ndarray, marks: dict[str, float], size: tuple[float, float]) -> Figure:
@@ -325,8 +310,8 @@ def score(counts: dict, prefix: str = '') -> str:
     if touched is not None:
         late = episodes - successes - touched
         parts += [('touched', touched / episodes), ('late', late / episodes)]
-        wrong = f'{touched} touched the pillar' + (f', {late} out of time' if late else '') + '<br>'
-    return f'{text}{bar(parts)}<small class="soft">{wrong}95 % interval {100 * low:.0f}–{100 * high:.0f} %</small>'
+        wrong = f'<span>{touched} touched the pillar</span>' + (f'<span>{late} out of time</span>' if late else '')
+    return f'{text}{bar(parts)}<small class="soft facts">{wrong}<span>95 % interval {100 * low:.0f}\u2060–\u2060{100 * high:.0f}\u00a0%</span></small>'
 
 
 def legend(*kinds: str) -> str:
@@ -350,13 +335,13 @@ def header(results: dict, hero: str) -> str:
         if left['successes'] / left['episodes'] > bc['lockstep_successes'] / bc['lockstep_episodes'] + 0.3:
             text += (f' Trained on one side only, BC reaches the goal in {left["successes"]} of {left["episodes"]}: it is the two '
                      f'ways that defeat it, not the training.')
-    return (f'<header><div><p class="kicker">SO-101 in simulation · reach around a pillar</p>'
+    return (f'<header><div class="opening"><p class="kicker">SO-101 in simulation · reach around a pillar</p>'
             f'<h1>Flow gets round the pillar in {flow["lockstep_successes"]} of {flow["lockstep_episodes"]} starts, '
-            f'BC in {bc["lockstep_successes"]} of {bc["lockstep_episodes"]}</h1><p>{text}</p>'
+            f'BC in {bc["lockstep_successes"]} of {bc["lockstep_episodes"]}</h1><p>{text}</p></div>{hero}<div>'
             + table(['', 'over DDS, real time', 'lock-step'], rows, 'scores')
             + f'<p class="soft small">Success: the gripper rests at the goal within {task.EPISODE_S:g} s and nothing touched the pillar. '
             f'Over DDS: simulator, planner and controller are processes of their own, at real-time factor 1. Lock-step: the same '
-            f'planner, ensembling and safety code without ROS. The starts and goals are none of the demonstrated ones.</p></div>{hero}</header>')
+            f'planner, ensembling and safety code without ROS. The starts and goals are none of the demonstrated ones.</p></div></header>')
 
 
 def hero(shown: Shown, dataset: Dataset) -> str:
@@ -390,43 +375,55 @@ def from_above(results: dict, views: list, over_dds: list[tuple[str, Rollouts]])
     dds = ''.join(figure(image(top_view_figure(runs.paths, runs.outcomes), f'{name} over DDS'),
                          f'<b>{name}</b><br>{sum(kind == "reached" for kind in runs.outcomes)} of {len(runs.paths)} reach the goal')
                   for name, runs in over_dds)
-    lead = (f'Look at the middle: BC’s paths lead between the two ways ({bc["lockstep_touched"]} of {bc["lockstep_episodes"]} touch the '
-            f'pillar), Flow’s go one way or the other ({flow["lockstep_touched"]} of {flow["lockstep_episodes"]} touch it). Paths '
-            f'of the gripper’s tip in lock-step; the arm stands below the picture and looks up; the gripper is wider than a line, so '
-            f'contacts begin before the tip is there.')
-    return section('From above', lead, legend('left', 'right', 'reached', 'touched', 'late') + f'<div class="grid four">{panels}</div>'
+    lead = (f'Look in front of the pillar, where the ways part: {bc["lockstep_touched"]} of {bc["lockstep_episodes"]} BC runs end at the '
+            f'pillar, between the two ways; of Flow’s {flow["lockstep_episodes"]}, {flow["lockstep_touched"]} touch it and the others go '
+            f'one way or the other.')
+    note = ('<p class="soft small">Paths of the gripper’s tip, in lock-step; the arm’s base is below the picture, its left is on the '
+            'left. The gripper is wider than a line: it touches before the tip is there.</p>')
+    return section('From above', lead, legend('left', 'right', 'reached', 'touched', 'late') + f'<div class="grid four">{panels}</div>{note}'
                    f'<details><summary>The same over DDS, in real time</summary><div class="grid four">{dds}</div></details>')
 
 
 def one_start(runs: Rollouts, study: dict) -> str:
     """Both ways from one start."""
     left, right, n = study['left'], study['right'], study['episodes']
-    lead = (f'One start, one goal, {n} draws of noise: Flow goes left {left} times and right {right} times. A policy that had only '
-            f'settled on one side would show one colour.')
+    lead = (f'One start, one goal, {n} draws of noise: Flow goes left {left} times and right {right} times. Look for both '
+            f'colours: a policy that had settled on one side would show one.')
     split = (f'<div class="split"><div class="ends"><b>{left}<small> left</small></b><b>{right}<small> right</small></b></div>'
              + bar([('left', left / n), ('right', right / n)])
-             + f'<p>{share(study)} reach the goal without touching the pillar. The noise decides the side before the funnel’s end; with '
-             f'warm start each new chunk begins from the one before it and so stays on that side.</p>'
+             + f'<p>{share(study)} reach the goal without touching the pillar. The noise picks the side; each later chunk is '
+             f'started from the one before it, so that a run keeps to its side.</p>'
              '<p class="legend"><span><i class="left"></i>went left</span><span><i class="right"></i>went right</span><span>'
              '<i class="touched"></i>touched the pillar</span></p></div>')
     panel = image(top_view_figure(runs.paths, runs.sides), f'{n} runs from one start: {left} left, {right} right')
     return section('Both ways from one start', lead, f'<div class="grid beside"><figure>{panel}</figure>{split}</div>')
 
 
-def chunks(shown: Shown, joint: int) -> str:
+def chunks(shown: Shown, dataset: Dataset) -> str:
     """Chunks and the ensembled command."""
+    joint = dataset.info.action.names.index('shoulder_pan')
     when, difference = shown.seam(joint)
-    step = np.rad2deg(np.abs(np.diff(shown.commands[:, joint])).max())
-    count = int((shown.chunk_starts <= shown.command_times[-1]).sum())
-    whole = figure(responsive(lambda size: chunk_figure(shown, joint, size), (7.2, 3.5), 'chunks, command and measurement over time'),
-                   f'<b>The whole run.</b> {count} chunks of {shown.chunks.shape[1]} steps, {1000 * shown.period:.0f} ms apart: a dot marks '
-                   f'where one begins. The command follows the newest most and is one line without corners.')
-    close = figure(responsive(lambda size: seam_figure(shown, joint, size), (3.6, 3.5), 'the same, enlarged'),
-                   f'<b>The largest seam,</b> at {when:.1f} s: two successive chunks differ by up to {np.rad2deg(difference):.1f}°, '
-                   f'yet the command passes over. Small dots are single 50 Hz commands; coloured dots, steps of the chunks.')
-    lead = (f'Look at where coloured lines part: chunks overlap and do not quite agree, yet the command never jumps (largest step between '
-            f'two ticks {step:.2f}°). The joint that swings the arm round the pillar, in the run of the clip.')
-    return section('Chunks and the ensembled command', lead, f'<div class="grid chunks">{whole}{close}</div>')
+    step = f'{np.rad2deg(np.abs(np.diff(shown.commands[:, joint])).max()):.2f}°'
+    if contract := dataset.info.contract:
+        limit = next(j['velocity'] for j in contract['joints'] if j['name'] == 'shoulder_pan') / contract['control_rate']
+        step += f', limit {np.rad2deg(limit):.2f}°'
+    end = float(shown.command_times[-1])
+    count = int((shown.chunk_starts <= end).sum())
+    whole = figure(
+        responsive(lambda size: chunk_figure(shown, joint, min(0.0, shown.chunk_starts[0]), end, False, size), (7.2, 3.5),
+                   'chunks, command and measurement over time'),
+        f'<b>The whole run:</b> {count} chunks of {shown.chunks.shape[1]} steps, {1000 * shown.period:.0f} ms apart; a dot marks where '
+        f'one begins. Where chunks overlap, the command is their mean, weighted by age.')
+    close = figure(
+        responsive(lambda size: chunk_figure(shown, joint, when - 0.25, when + 0.55, True, size), (3.6, 3.5), 'the same, enlarged'),
+        f'<b>The widest seam,</b> at {when:.1f} s: two successive chunks differ by up to {np.rad2deg(difference):.1f}°, and the command '
+        f'crosses from one to the other. White dots are single 50 Hz commands.')
+    lead = (f'Look where coloured lines part: chunks do not quite agree, yet the command never jumps (largest step from tick to tick '
+            f'{step}). This is the joint that swings the arm round the pillar, in the run of the clip.')
+    return section('Chunks and the ensembled command', lead,
+                   '<p class="legend"><span><i class="chunk"></i>chunks, the later the lighter</span><span><i class="command"></i>command, '
+                   '50 Hz</span><span><i class="measured"></i>measured</span></p>'
+                   f'<div class="grid chunks">{whole}{close}</div>')
 
 
 def averaging(studies: dict, runs: dict[str, Rollouts]) -> str:
@@ -442,7 +439,7 @@ def averaging(studies: dict, runs: dict[str, Rollouts]) -> str:
         panels += (f'<figure>{image(top_view_figure(runs[name].paths, runs[name].outcomes), f"{title}: {share(study)}")}<figcaption>'
                    f'<b>{title}</b><div class="metric"><span>success</span>{score(study)}</div>{jerk}</figcaption></figure>')
     lead = (f'Averaging chunks that chose different sides is BC’s mistake again. Both runs plan twice as often and average all live '
-            f'chunks with equal weight; only the noise differs. Look at the middle: {fresh["touched"]} of {fresh["episodes"]} '
+            f'chunks with equal weight; only the noise differs. Look in front of the pillar: {fresh["touched"]} of {fresh["episodes"]} '
             f'touch the pillar with fresh noise, {warm["touched"]} of {warm["episodes"]} with warm start.')
     if 'jerk_rms' in fresh and 'jerk_rms' in warm and fresh['jerk_rms'] <= warm['jerk_rms'] and fresh['successes'] < warm['successes']:
         lead += ' By jerk alone fresh noise would win: smoothness says nothing without success.'
@@ -455,13 +452,14 @@ def timing(controller: dict, lateness: np.ndarray) -> str:
     ticks, missed = controller['ticks'], controller['missed_ticks']
     tiles = [(f'{marks["p50"]:g} ms', 'median lateness'), (f'{marks["p99"]:g} ms', '99 % are earlier'), (f'{marks["max"]:g} ms', 'the latest'),
              (f'{missed:g}', f'missed of {ticks} ticks'), (f'{controller["limit_violations"]}', 'limit violations')]
-    lead = (f'Look at the right end: how late ticks come at worst, against {1000 / controller["rate_hz"]:.0f} ms between two. '
-            f'{len(lateness)} ticks of the {controller["rate_hz"]:g} Hz controller over DDS, at real-time factor 1'
-            + (f' ({escape(controller["scheduler"])})' if controller.get('scheduler') else '') + '. Limit violations are commands '
-            'outside position, velocity or acceleration limits, recomputed from the commands of all runs.')
+    lead = f'Look at the right end: how late a tick comes at worst, against {1000 / controller["rate_hz"]:.0f} ms from tick to tick.'
     body = '<div class="tiles">' + ''.join(f'<div><b>{value}</b><span>{label}</span></div>' for value, label in tiles) + '</div>'
     body += figure(responsive(lambda size: lateness_figure(lateness, marks, size), (10.6, 3.0), 'histogram of tick lateness'),
-                   f'Lateness of each tick, logarithmic counts: p50 {marks["p50"]:g} ms, p99 {marks["p99"]:g} ms, max {marks["max"]:g} ms.')
+                   f'Lateness of {len(lateness)} ticks over DDS at real-time factor 1, logarithmic counts: p50 {marks["p50"]:g} ms, p99 '
+                   f'{marks["p99"]:g} ms, max {marks["max"]:g} ms'
+                   + (f'; scheduler {escape(controller["scheduler"])}' if controller.get('scheduler') else '')
+                   + '. Limit violations: commands outside position, velocity or acceleration limits, recomputed from the commands of '
+                   'all runs.')
     return section('The 50 Hz loop', lead, body)
 
 
@@ -476,7 +474,7 @@ def making(results: dict, out: Path) -> str:
     if rows:
         body = table(['stage', 'time', ''], rows, 'stages') + body
     trained = [[{'bc_left': 'BC, one side'}.get(name) or POLICIES.get(name, escape(name)), f'{fact.get("episodes", "–")}', f'{fact["steps"]}',
-                f'{fact["seconds"]:.0f} s', f'{fact["loss"]:.4f}'] for name, fact in results.get('training', {}).items()]
+                f'{fact["seconds"]:.0f}\u00a0s', f'{fact["loss"]:.4f}'] for name, fact in results.get('training', {}).items()]
     if trained:
         body += table(['training', 'demonstrations', 'steps', 'time', 'loss'], trained, 'plain')
         body += '<p class="soft small">The losses of BC and Flow measure different things and do not compare.</p>'
@@ -498,7 +496,8 @@ STYLE = f'''
 * {{ box-sizing: border-box; }}
 body {{ margin: 0; background: #f5f7f9; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }}
 main {{ max-width: 1160px; margin: 0 auto; padding: 28px 20px 48px; }}
-header {{ display: grid; grid-template-columns: minmax(0, 1.32fr) minmax(0, 1fr); gap: 40px; padding: 12px 0 28px; align-items: start; }}
+header {{ display: grid; grid-template-columns: minmax(0, 1.32fr) minmax(0, 1fr); gap: 0 40px; padding: 12px 0 28px;
+  align-items: start; grid-template-rows: auto 1fr; }}
 h1 {{ font-size: clamp(1.65rem, 3.2vw, 2.3rem); line-height: 1.18; letter-spacing: -0.018em; margin: 0 0 14px; text-wrap: balance; }}
 h2 {{ font-size: 1.28rem; letter-spacing: -0.01em; margin: 0 0 6px; }}
 p {{ margin: 0 0 12px; }}
@@ -513,21 +512,24 @@ figcaption {{ margin-top: 8px; }}
 img {{ display: block; width: 100%; height: auto; }}
 code {{ font: 0.86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: #eef2f5; border-radius: 5px; padding: 1px 5px;
   overflow-wrap: anywhere; }}
-.hero {{ position: sticky; top: 16px; }}
+.hero {{ grid-column: 2; grid-row: 1 / 3; }}
 .clip {{ border-radius: 14px; border: 1px solid var(--line); }}
 .still {{ display: flex; gap: 14px; align-items: center; margin-top: 16px; color: var(--soft); font-size: 0.86rem; line-height: 1.45; }}
 .still img {{ flex: none; border-radius: 8px; }}
 .pixels {{ image-rendering: pixelated; }}
 .grid {{ display: grid; gap: 22px; }}
 .four {{ grid-template-columns: repeat(4, minmax(0, 1fr)); }}
-.two {{ grid-template-columns: repeat(2, minmax(0, 380px)); gap: 48px; }}
-.beside {{ grid-template-columns: minmax(0, 380px) minmax(0, 420px); gap: 48px; align-items: center; }}
+.two {{ grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 40px; }}
+.two figure {{ display: grid; grid-template-columns: minmax(0, 1.45fr) minmax(0, 1fr); gap: 20px; align-items: center; }}
+.beside {{ grid-template-columns: minmax(0, 400px) minmax(0, 520px); gap: 64px; align-items: center; }}
 .chunks {{ grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); }}
 .legend {{ display: flex; flex-wrap: wrap; gap: 4px 20px; color: var(--soft); margin-bottom: 14px; }}
 .legend span {{ display: inline-flex; align-items: center; gap: 7px; }}
-.legend i {{ width: 20px; height: 4px; border-radius: 2px; flex: none; }}
+.legend i {{ width: 22px; height: 4px; border-radius: 2px; flex: none; }}
 i.left {{ background: {STYLES['left'][0]}; }} i.right {{ background: {STYLES['right'][0]}; }}
 i.reached {{ background: {STYLES['reached'][0]}; }} i.touched {{ background: {STYLES['touched'][0]}; }}
+i.chunk {{ background: linear-gradient(90deg, #24878e, #a5db36); }} i.command {{ background: var(--ink); }}
+i.measured {{ background: repeating-linear-gradient(90deg, {MEASURED} 0 6px, #fff 6px 9px); }}
 i.plain {{ background: #9db0c1; }}
 i.late {{ background: repeating-linear-gradient(90deg, {STYLES['late'][0]} 0 5px, #fff 5px 7px); }}
 .bar {{ display: flex; height: 9px; border-radius: 5px; overflow: hidden; background: #e9eef2; margin: 3px 0 5px; }}
@@ -538,9 +540,10 @@ th:last-child, td:last-child {{ padding-right: 0; }}
 thead th {{ border: 0; padding-bottom: 4px; color: var(--soft); font-weight: 500; font-size: 0.86rem; }}
 tbody th {{ font-weight: 650; }}
 tbody th small {{ display: block; font-weight: 400; color: var(--soft); }}
+.facts span {{ display: block; }}
 .scores th:first-child {{ width: 27%; }}
 .scores td {{ width: 36%; }}
-.scores {{ margin: 18px 0 12px; }}
+.scores {{ margin: 6px 0 12px; }}
 .count {{ font-size: 1.35rem; font-weight: 650; line-height: 1.2; }}
 .count small, .metric b small, .ends small {{ font-weight: 400; color: var(--soft); }}
 .stages th {{ font-weight: 400; }}
@@ -556,22 +559,25 @@ tbody th small {{ display: block; font-weight: 400; color: var(--soft); }}
 .tiles div {{ background: #f5f7f9; border-radius: 10px; padding: 12px 14px; }}
 .tiles b {{ display: block; font-size: 1.3rem; line-height: 1.25; font-variant-numeric: tabular-nums; }}
 .tiles span {{ color: var(--soft); font-size: 0.86rem; }}
-details {{ margin-top: 16px; }}
+.grid + .small {{ margin-top: 16px; }}
+details {{ margin-top: 12px; }}
 summary {{ cursor: pointer; color: var(--soft); margin-bottom: 12px; }}
 .steps div {{ display: grid; grid-template-columns: minmax(0, 1.5fr) minmax(0, 1fr); gap: 4px 24px; padding: 8px 0; border-top: 1px solid var(--line); }}
 .steps code {{ background: none; padding: 0; }}
 .steps span {{ color: var(--soft); }}
 @media (max-width: 900px) {{
   header, .chunks {{ grid-template-columns: minmax(0, 1fr); gap: 24px; }}
-  .hero {{ position: static; }}
+  .hero {{ grid-column: 1; grid-row: auto; }}
   .four {{ grid-template-columns: repeat(2, minmax(0, 1fr)); }}
+  .two {{ grid-template-columns: minmax(0, 1fr); }}
 }}
 @media (max-width: 640px) {{
   main {{ padding: 16px 12px 32px; }}
   section {{ padding: 18px 16px; border-radius: 12px; }}
   .grid {{ gap: 18px 12px; }}
-  .beside, .two {{ grid-template-columns: minmax(0, 1fr); }}
-  .two {{ gap: 32px; }}
+  .beside {{ grid-template-columns: minmax(0, 1fr); }}
+  .two {{ grid-template-columns: repeat(2, minmax(0, 1fr)); }}
+  .two figure {{ display: block; }}
   .tiles {{ grid-template-columns: repeat(2, minmax(0, 1fr)); }}
   .steps div {{ grid-template-columns: minmax(0, 1fr); }}
   th, td {{ padding-right: 12px; }}
@@ -609,7 +615,7 @@ def write(out: Path) -> Path:
         body += from_above(results, views, [(title, runs[f'{name}_dds']) for name, title in POLICIES.items()])
         if 'flow_one_start' in runs:
             body += one_start(runs['flow_one_start'], studies['flow_one_start'])
-        body += chunks(shown, dataset.info.action.names.index('shoulder_pan'))
+        body += chunks(shown, dataset)
         if 'warm_start' in runs:
             body += averaging(studies, runs)
         body += timing(results['controller'], lateness) + making(results, out)
