@@ -70,11 +70,18 @@ def node(ros):
     node = ros.create_node('test')
     executor = ros.executors.SingleThreadedExecutor()
     executor.add_node(node)
-    thread = threading.Thread(target=executor.spin, daemon=True)
+    ended = threading.Event()
+
+    def spin():
+        while not ended.is_set():
+            executor.spin_once(timeout_sec=0.05)
+
+    thread = threading.Thread(target=spin, daemon=True)
     thread.start()
     yield node
-    executor.shutdown()
+    ended.set()
     thread.join(timeout=5)
+    executor.shutdown()
     node.destroy_node()
 
 

@@ -56,7 +56,7 @@ def test_it_streams_what_the_contract_names_moves_on_command_and_resets(nodes, n
     wait_for(lambda: len(seen.images) > 10, what='images')
     for kept, rate in ((seen.joints, 100), (seen.goals, 10), (seen.images, 10), (seen.tasks, 20)):
         stamps = np.array([seconds(message.header.stamp) for message in list(kept)])
-        assert 1 / np.mean(np.diff(stamps)) > 0.7 * rate and (np.diff(stamps) > 0).all()
+        assert 1 / np.median(np.diff(stamps)) > 0.7 * rate and (np.diff(stamps) > 0).all()
         assert abs(stamps[-1] - node.get_clock().now().nanoseconds * 1e-9) < 0.5
     image = cv2.imdecode(np.frombuffer(seen.images[-1].data, np.uint8), cv2.IMREAD_COLOR)
     assert image.shape == (96, 96, 3) and image.std() > 20

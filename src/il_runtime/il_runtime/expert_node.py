@@ -15,7 +15,16 @@ from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
 from il_policies.contract import load_contract
-from il_policies.sim.reach_around import CONTROL_PERIOD, EPISODE_S, JOINTS, TASK, Scene, SceneError, expert, sample_scene
+from il_policies.sim.reach_around import (
+    CONTROL_PERIOD,
+    EPISODE_S,
+    JOINTS,
+    TASK,
+    Scene,
+    SceneError,
+    expert,
+    sample_scene,
+)
 from il_runtime.ros import chunk_qos, declare, nanoseconds, to_stamp
 from il_runtime.session import Session, SessionError
 

@@ -30,6 +30,11 @@ MAX_LAG = 0.1
 """Further behind than this, time is given up instead of being made up for [s]."""
 STEP_NS = round(PHYSICS_STEP * 1e9)
 
+MAX_AHEAD_NS = 40_000_000
+"""With /clock, simulated time may run this far beyond the last command [ns] …"""
+GONE_S = 0.2
+"""… unless none has come for so long [s, wall]."""
+
 
 class SimulatorNode(Node):
     """Topics come from the contract; `publish_clock` makes this the source of time for nodes with `use_sim_time`."""
@@ -58,12 +63,14 @@ class SimulatorNode(Node):
         self.target: np.ndarray | None = None
         self.episode = 0
         self.time_ns = STEP_NS  # a stamp of 0 means none
+        self.image_sizes: set[tuple[int, int]] = set()
         self.outputs = self._outputs(camera, tuple(size))
         self.clock = self.create_publisher(Clock, '/clock', QoSProfile(depth=10)) if self.publish_clock else None
         self.create_subscription(Float64MultiArray, self.contract.action.output_topic, self._on_command,
                                  QoSProfile(depth=1))
         self.create_service(ResetTask, '~/reset', self._on_reset)
 
+        self.heard: tuple[int, float] | None = None  # when the last command came: simulated [ns], wall [s]
         self.running = True
         self.failure: Exception | None = None
         started = threading.Event()
@@ -106,6 +113,7 @@ class SimulatorNode(Node):
                                       throttle_duration_sec=1.0)
             return
         self.target = values[self.order]
+        self.heard = (self.time_ns, time.monotonic())
 
     def _on_reset(self, request: ResetTask.Request, response: ResetTask.Response) -> ResetTask.Response:
         try:
@@ -128,7 +136,8 @@ class SimulatorNode(Node):
     def _loop(self, started: threading.Event) -> None:
         sys.setswitchinterval(0.001)  # a command must not wait 5 ms for the interpreter
         try:
-            self._publish_due()  # renders once, so that a machine that cannot says so at the start
+            for size in self.image_sizes:  # the first image takes longest, and a machine that cannot render says so now
+                self.sim.render(size)
         except SceneError as error:
             self.failure = error
             return
@@ -149,7 +158,7 @@ class SimulatorNode(Node):
                     self.get_logger().warning(f'the machine is too slow: {(behind - 1) * PHYSICS_STEP:.2f} s given up',
                                               throttle_duration_sec=1.0)
                 behind = 1
-            if behind < 1:
+            if behind < 1 or self._ahead_of_controller():
                 continue
             count = 1 if self.publish_clock else behind
             with self.lock:
@@ -164,6 +173,14 @@ class SimulatorNode(Node):
         achieved = steps * PHYSICS_STEP / (time.monotonic() - began)
         self.get_logger().info(f'{steps * PHYSICS_STEP:.1f} s simulated at real-time factor {achieved:.2f}')
         self.sim.close()
+
+    def _ahead_of_controller(self) -> bool:
+        """Faster than real time a few milliseconds of a busy machine are a long time: wait for who commands the arm."""
+        if not self.publish_clock or self.heard is None or self.time_ns - self.heard[0] < MAX_AHEAD_NS:
+            return False
+        if time.monotonic() - self.heard[1] > GONE_S:
+            self.heard = None  # nobody commands any more
+        return self.heard is not None
 
     def _publish_due(self) -> None:
         stamp = to_stamp(self.time_ns) if self.publish_clock else self.get_clock().now().to_msg()
@@ -195,6 +212,7 @@ class SimulatorNode(Node):
 
     def _image_of(self, name: str, stream: Stream, size: tuple[int, int]):
         size = size if all(size) else stream.image_size
+        self.image_sizes.add(size)
 
         def image(stamp) -> CompressedImage:
             _, jpeg = cv2.imencode('.jpg', cv2.cvtColor(self.sim.render(size), cv2.COLOR_RGB2BGR),
