@@ -18,6 +18,7 @@ from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.subscription import Subscription
 from rclpy.task import Future
 from sensor_msgs.msg import JointState
 
@@ -50,14 +51,15 @@ class RecorderNode(Node):
         self.failure = ''
         self.since, self.until = 0, None
 
-        # Best effort is compatible with every publisher of a sensor; commands must not be lost.
         sensor = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.BEST_EFFORT)
         command = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.RELIABLE)
         self.types = standard_types()
         self.topics: dict[str, str] = {}  # resolved topic → type
+        self.sensors: dict[str, Subscription] = {}  # resolved topic → best-effort or reliable subscription
         self.last_seen: dict[str, float] = {}  # resolved topic → monotonic [s]; the simulated clock may stand still
         for stream in self.contract.observations.values():
             self._subscribe(stream.topic, message_class(stream), sensor)
+        self.create_timer(0.5, self._adapt_reliability, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self._subscribe(self.contract.action.topic, JointState, command)
         self._subscribe('task_status', TaskStatus, command)
         self._subscribe('controller/status', ControllerStatus, STATUS_QOS)
@@ -77,7 +79,21 @@ class RecorderNode(Node):
         def on_message(data: bytes, info: dict) -> None:
             self._on_message(topic, data, info)
 
-        self.create_subscription(kind, topic, on_message, qos, raw=True)
+        subscription = self.create_subscription(kind, topic, on_message, qos, raw=True)
+        if qos.reliability == ReliabilityPolicy.BEST_EFFORT:
+            self.sensors[topic] = subscription
+
+    def _adapt_reliability(self) -> None:
+        """As `ros2 bag record`: reliable where all publishers are, so that nothing is lost; else what all can serve."""
+        if self.writer is not None:
+            return
+        for topic, subscription in self.sensors.items():
+            offered = {info.qos_profile.reliability for info in self.get_publishers_info_by_topic(topic)}
+            wanted = ReliabilityPolicy.RELIABLE if offered == {ReliabilityPolicy.RELIABLE} else ReliabilityPolicy.BEST_EFFORT
+            if offered and wanted != subscription.qos_profile.reliability:
+                self.sensors[topic] = self.create_subscription(
+                    subscription.msg_type, topic, subscription.callback, QoSProfile(depth=DEPTH, reliability=wanted), raw=True)
+                self.destroy_subscription(subscription)
 
     def _on_message(self, topic: str, data: bytes, info: dict) -> None:
         self.last_seen[topic] = time.monotonic()

@@ -29,9 +29,8 @@ JPEG_QUALITY = 95
 MAX_LAG = 0.1
 """Further behind than this, time is given up instead of being made up for [s]."""
 STEP_NS = round(PHYSICS_STEP * 1e9)
-
-MAX_AHEAD_NS = 40_000_000
-"""With /clock, simulated time may run this far beyond the last command [ns] …"""
+MAX_AHEAD_NS = round((CONTROL_PERIOD + PHYSICS_STEP) * 1e9)
+"""With /clock, simulated time may run this far beyond the last command, so that none is skipped [ns] …"""
 GONE_S = 0.2
 """… unless none has come for so long [s, wall]."""
 

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
-from matplotlib.ticker import LogLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, NullLocator
 from PIL import Image
 
 from il_policies.data.store import Dataset
@@ -120,8 +120,9 @@ class Shown:
         found = (float(self.chunk_starts[0]), 0.0)
         for i in range(1, len(self.chunks)):
             before, times = self.chunk_times(i - 1), self.chunk_times(i)[:self.chunks.shape[1] // 2]
-            times = times[(times >= before[0]) & (times <= min(before[-1], self.end))]
-            difference = np.abs(self.chunks[i, :len(times), joint] - np.interp(times, before, self.chunks[i - 1, :, joint]))
+            times = times[times <= min(before[-1], self.end)]
+            earlier = np.interp(times, before, self.chunks[i - 1, :, joint])
+            difference = np.abs(self.chunks[i, :len(times), joint] - earlier)
             if difference.size and difference.max() > found[1]:
                 found = (float(times[0]), float(difference.max()))
         return found
@@ -140,6 +141,10 @@ def load_shown(rollouts: Rollouts) -> Shown:
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
+View = tuple[str, str, list[np.ndarray], list[str]]
+"""Title, subtitle, paths and kinds of a view from above."""
+
+
 def top_view(ax: Axes, paths: list[np.ndarray], kinds: list[str]) -> None:
     """Paths (N, 2 or 3) [m] seen from above: x upwards, y to the left, as the arm sees it. kinds: keys of STYLES."""
     for (x0, x1), (y0, y1), colour in ((task.START_X, task.START_Y, '#e9edf1'), (task.GOAL_X, task.GOAL_Y, '#d9efe8')):
@@ -153,7 +158,8 @@ def top_view(ax: Axes, paths: list[np.ndarray], kinds: list[str]) -> None:
     for kind in ('left', 'right', 'reached', 'late', 'touched'):  # failures on top
         colour, dashes = STYLES[kind]
         chosen = [100 * path[:, 1::-1] for path, this in zip(paths, kinds) if this == kind]
-        ax.add_collection(LineCollection(chosen, colors=colour, linestyles=[dashes], linewidths=1.1, alpha=alpha, zorder=2))
+        ax.add_collection(LineCollection(chosen, colors=colour, linestyles=[dashes], linewidths=1.1, alpha=alpha,
+                                         zorder=2))
         if kind == 'touched' and chosen:
             ends = np.array([path[-1] for path in chosen])
             ax.scatter(*ends.T, marker='x', s=16, linewidths=1.1, color=colour, alpha=0.8, zorder=3)
@@ -170,8 +176,8 @@ def top_view_image(paths: list[np.ndarray], kinds: list[str], alt: str) -> str:
     return image(data_uri(drawing), alt)
 
 
-def paths_figure(views: list[tuple[str, str, list[np.ndarray], list[str]]]) -> Figure:
-    """Views from above (title, subtitle, paths, kinds) in a row."""
+def paths_figure(views: list[View]) -> Figure:
+    """Views from above in a row."""
     drawing = Figure(figsize=(2.9 * len(views), 3.5))
     for ax, (title, subtitle, paths, kinds) in zip(drawing.subplots(1, len(views), sharey=True), views):
         top_view(ax, paths, kinds)
@@ -182,21 +188,21 @@ def paths_figure(views: list[tuple[str, str, list[np.ndarray], list[str]]]) -> F
     return drawing
 
 
-def panel(size: tuple[float, float], **labels: str) -> tuple[Figure, Axes]:
+def panel(size: tuple[float, float], xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     """A figure of `size` [100 px] with one grid of axes that keeps its margins at any size."""
-    (width, height), left, bottom = size, 0.56, 0.52
+    (width, height), left, right, bottom, top = size, 0.5, 0.08, 0.52, 0.3
     drawing = Figure(figsize=size)
-    ax = drawing.add_axes((left / width, bottom / height, 1 - (left + 0.06) / width, 1 - (bottom + 0.08) / height))
+    ax = drawing.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
+    ax.set_xlabel(xlabel)
+    drawing.text(0.06 / width, 1 - 0.06 / height, ylabel, color=SOFT, va='top')
     ax.grid(True)
-    ax.set(**labels)
-    ax.yaxis.set_label_coords(-(left - 0.1) / (width - left), 0.5)
     return drawing, ax
 
 
 def chunk_figure(shown: Shown, joint: int, low: float, high: float, close: bool, size: tuple[float, float]) -> Figure:
     """Chunks, command and measurement of one joint between two times [s]. close: with steps and ticks as dots."""
     drawing, ax = panel(size, xlabel='time [s]', ylabel=f'{JOINT} [°]')
-    command, joints, chunks = (np.rad2deg(values[..., joint]) for values in (shown.commands, shown.joints, shown.chunks))
+    command, joints, chunks = (np.rad2deg(array[..., joint]) for array in (shown.commands, shown.joints, shown.chunks))
     ax.plot(shown.command_times, command, color=INK, linewidth=4.5, solid_joinstyle='round', zorder=2)
     ax.plot(shown.joint_times, joints, color=MEASURED, linewidth=1.5, linestyle=(0, (4, 2)), zorder=3)
     drawn = [command[(shown.command_times >= low) & (shown.command_times <= high)],
@@ -219,10 +225,11 @@ def lateness_figure(lateness: np.ndarray, marks: dict[str, float], size: tuple[f
     """Histogram of how late ticks came (T,) [ms], with a line at each of `marks` (label → [ms])."""
     drawing, ax = panel(size, xlabel='lateness of a tick [ms]', ylabel='ticks')
     low, high = min(lateness.min(), 0.0), 1.04 * max(lateness.max(), *marks.values(), 0.1)
-    counts, _, _ = ax.hist(lateness, bins=np.linspace(low, high, 90), color='#8fb3cf', log=True)
-    ax.set(xlim=(low - 0.01 * high, high), ylim=(0.7, 30 * counts.max()))  # the labels stand above the bars
-    ax.yaxis.set_major_locator(LogLocator(10))
-    ax.yaxis.set_major_formatter(StrMethodFormatter('{x:.0f}'))
+    most = ax.hist(lateness, bins=np.linspace(low, high, 90), color='#8fb3cf', log=True)[0].max()
+    ax.set(xlim=(low - 0.01 * high, high), ylim=(0.7, 30 * most))  # the labels stand above the bars
+    ax.yaxis.set_major_locator(FixedLocator([10**k for k in range(9) if 10**k <= most]))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter('{x:.0f}')
     for i, (label, value) in enumerate(marks.items()):
         top, right = 0.97 - 0.11 * i, value > 0.6 * high
         ax.axvline(value, color=INK, linewidth=1.1, ymax=top)
@@ -302,7 +309,8 @@ def bar(*parts: tuple[str, float]) -> str:
 
 def legend(**names: str) -> str:
     """What the colours mean: kind=name."""
-    return f'<p class="legend">{"".join(f"<span><i class={kind}></i>{name}</span>" for kind, name in names.items())}</p>'
+    keys = ''.join(f'<span><i class="{kind}"></i>{name}</span>' for kind, name in names.items())
+    return f'<p class="legend">{keys}</p>'
 
 
 OUTCOMES = {'reached': 'goal reached, pillar not touched', 'touched': 'pillar touched: the run ends there (×)',
@@ -350,21 +358,22 @@ def opening(results: dict, shown: Shown, dataset: Dataset) -> str:
         rows.insert(1, ['BC, one side <small>control: demonstrations round the left only</small>',
                         '<span class="soft">–</span>', score(left)])
         if left['successes'] / left['episodes'] > bc['lockstep_successes'] / bc['lockstep_episodes'] + 0.3:
-            control = f'Trained on one side only, BC succeeds in {of(left)}: it is the two ways that defeat it, not the training.'
+            control = f'''Trained on one side only, BC succeeds in {of(left)}: it is the two ways that defeat it, not
+              the training.'''
     return f'''<header>
 <div>
   <p class="soft small">SO-101 in simulation · reach around a pillar</p>
   <h1>Flow gets round the pillar in {of(flow, prefix="lockstep_")} starts, BC in {of(bc, prefix="lockstep_")}</h1>
   <p>Every start and goal was demonstrated twice, once round the left of the pillar and once round the right
-  ({results["demonstrations"]} demonstrations). BC predicts their average, and that leads into the pillar; Flow draws one of the
-  two. Data, network, budget and stride are the same for both. {control}</p>
+  ({results["demonstrations"]} demonstrations). BC predicts their average, and that leads into the pillar; Flow draws
+  one of the two. Data, network, budget and stride are the same for both. {control}</p>
 </div>
 <div class="hero">{hero(shown, dataset)}</div>
 <div>
   {table(["", "over DDS, real time", "lock-step"], rows, "scores")}
-  <p class="soft small">Success: the gripper rests at the goal within {task.EPISODE_S:g} s and nothing touched the pillar. Over DDS:
-  simulator, planner and controller are processes of their own, at real-time factor 1. Lock-step: the same planner, ensembling
-  and safety code without ROS. The starts and goals are none of the demonstrated ones.</p>
+  <p class="soft small">Success: the gripper rests at the goal within {task.EPISODE_S:g} s, nothing touched the pillar.
+  Over DDS: simulator, planner and controller are processes of their own, at real-time factor 1. Lock-step: the same
+  planner, ensembling and safety code without ROS. The starts and goals are none of the demonstrated ones.</p>
 </div>
 </header>
 '''
@@ -372,7 +381,7 @@ def opening(results: dict, shown: Shown, dataset: Dataset) -> str:
 
 def hero(shown: Shown, dataset: Dataset) -> str:
     """Clip of the shown run and a camera image of the dataset."""
-    end = {'reached': 'reaches the goal', 'touched': 'touches the pillar', 'late': 'has not reached the goal'}[shown.outcome]
+    ends = {'reached': 'reaches the goal', 'touched': 'touches the pillar', 'late': 'has not reached the goal'}
     try:
         clip = image(data_uri(render_clip(shown)), 'clip of the arm moving round the pillar', 'clip')
     except SceneError as error:
@@ -384,11 +393,11 @@ def hero(shown: Shown, dataset: Dataset) -> str:
         still = f'''<div class="still">{image(data_uri(frame), "camera image", "pixels")}
           <span>What the dataset holds of camera <code>{escape(name)}</code>: {width} × {height} pixels at
           {dataset.info.fps:g} Hz.</span></div>'''
-    caption = f'One Flow run over DDS, at the speed it had: after {shown.end:.1f} s the gripper {end}.'
+    caption = f'One Flow run over DDS, at the speed it had: after {shown.end:.1f} s the gripper {ends[shown.outcome]}.'
     return figure(clip, caption) + still
 
 
-def from_above(results: dict, views: list[tuple[str, str, list[np.ndarray], list[str]]], over_dds: list[Rollouts]) -> str:
+def from_above(results: dict, views: list[View], over_dds: list[Rollouts]) -> str:
     """The views from above side by side."""
     bc, flow = (results['policies'][name] for name in POLICIES)
     panels = ''.join(figure(top_view_image(paths, kinds, f'{title}: {subtitle}'), f'<b>{title}</b><br>{subtitle}')
@@ -396,13 +405,13 @@ def from_above(results: dict, views: list[tuple[str, str, list[np.ndarray], list
     dds = ''.join(figure(top_view_image(runs.paths, runs.outcomes, f'{title} over DDS'),
                          f'<b>{title}</b><br>{runs.outcomes.count("reached")} of {len(runs.paths)} reach the goal')
                   for title, runs in zip(POLICIES.values(), over_dds))
-    lead = f'''Look in front of the pillar, where the ways part: {of(bc, "touched", "lockstep_")} BC runs end at the pillar, between
-      the two ways; of Flow’s {flow["lockstep_episodes"]}, {flow["lockstep_touched"]} touch it and the others go one way or the
-      other.'''
+    lead = f'''Look in front of the pillar, where the ways part: {of(bc, "touched", "lockstep_")} BC runs end at the
+      pillar, between the two ways; of Flow’s {flow["lockstep_episodes"]}, {flow["lockstep_touched"]} touch it and the
+      others go one way or the other.'''
     key = legend(left='demonstration round the left', right='demonstration round the right', **OUTCOMES)
     return section('From above', lead, f'''{key}<div class="grid four">{panels}</div>
-      <p class="soft small">Paths of the gripper’s tip, in lock-step; the arm’s base is below the picture, its left is on the left.
-      The gripper is wider than a line: it touches before the tip is there.</p>
+      <p class="soft small">Paths of the gripper’s tip, in lock-step; the arm’s base is below the picture, its left is
+      on the left. The gripper is wider than a line: it touches before the tip is there.</p>
       <details><summary>The same over DDS, in real time</summary><div class="grid four">{dds}</div></details>''')
 
 
@@ -410,15 +419,16 @@ def one_start(runs: Rollouts, study: dict) -> str:
     """Both ways from one start."""
     left, right, n = study['left'], study['right'], study['episodes']
     kinds = ['touched' if outcome == 'touched' else side(path) for path, outcome in zip(runs.paths, runs.outcomes)]
-    lead = f'''One start, one goal, {n} draws of noise: Flow goes left {left} times and right {right} times. Look for both colours: a
-      policy that had settled on one side would show one.'''
+    lead = f'''One start, one goal, {n} draws of noise: Flow goes left {left} times and right {right} times. Look for
+      both colours: a policy that had settled on one side would show one.'''
     return section('Both ways from one start', lead, f'''<div class="grid beside">
       <figure>{top_view_image(runs.paths, kinds, f"{n} runs from one start: {left} left, {right} right")}</figure>
       <div>
         <div class="ends"><b>{left}<small> left</small></b><b>{right}<small> right</small></b></div>
         {bar(("left", left / n), ("right", right / n))}
-        <p>{of(study)} reach the goal without touching the pillar. The noise picks the side; each later chunk is started from the
-        one before it, so that a run keeps to its side. A path’s side is where it is widest, also if it touches.</p>
+        <p>{of(study)} reach the goal without touching the pillar. The noise picks the side; each later chunk is started
+        from the one before it, so that a run keeps to its side. A path’s side is where it is widest, also if it
+        touches.</p>
         {legend(left="went left", right="went right", touched="touched the pillar")}
       </div></div>''')
 
@@ -431,18 +441,20 @@ def ensembling(shown: Shown, dataset: Dataset) -> str:
     if contract := dataset.info.contract:
         velocity = next(entry['velocity'] for entry in contract['joints'] if entry['name'] == JOINT)
         step += f', limit {np.rad2deg(velocity / contract["control_rate"]):.2f}°'
-    begin = min(0.0, float(shown.chunk_starts[0]))
-    whole = figure(
-        responsive(lambda size: chunk_figure(shown, joint, begin, shown.end, False, size), (7.2, 3.5), 'chunks and command'),
-        f'''<b>The whole run:</b> {(shown.chunk_starts <= shown.end).sum()} chunks of {shown.chunks.shape[1]} steps,
-        {1000 * shown.period:.0f} ms apart; a dot marks where one begins. Where chunks overlap, the command is their mean, weighted
-        by age.''')
-    close = figure(
-        responsive(lambda size: chunk_figure(shown, joint, when - 0.25, when + 0.55, True, size), (3.6, 3.5), 'enlarged'),
-        f'''<b>The widest seam,</b> at {when:.1f} s: two successive chunks differ by up to {np.rad2deg(difference):.1f}°, and the
-        command crosses from one to the other. White dots are single 50 Hz commands.''')
-    lead = f'''Look where coloured lines part: chunks do not quite agree, yet the command never jumps (largest step from tick to tick
-      {step}). This is the joint that swings the arm round the pillar, in the run of the clip.'''
+    spans = {False: (min(0.0, float(shown.chunk_starts[0])), shown.end), True: (when - 0.25, when + 0.55)}
+
+    def draw(close: bool, width: float, alt: str) -> str:
+        return responsive(lambda size: chunk_figure(shown, joint, *spans[close], close, size), (width, 3.5), alt)
+
+    whole = figure(draw(False, 7.2, 'chunks, command and measurement over time'), f'''
+      <b>The whole run:</b> {(shown.chunk_starts <= shown.end).sum()} chunks of {shown.chunks.shape[1]} steps,
+      {1000 * shown.period:.0f} ms apart; a dot marks where one begins. Where chunks overlap, the command is their mean,
+      weighted by age.''')
+    close = figure(draw(True, 3.6, 'the same, enlarged'), f'''
+      <b>The widest seam,</b> at {when:.1f} s: two successive chunks differ by up to {np.rad2deg(difference):.1f}°, and
+      the command crosses from one to the other. White dots are single 50 Hz commands.''')
+    lead = f'''Look where coloured lines part: chunks do not quite agree, yet the command never jumps (largest step from
+      tick to tick {step}). This is the joint that swings the arm round the pillar, in the run of the clip.'''
     key = legend(chunk='chunks, the later the lighter', command='command, 50 Hz', measured='measured')
     return section('Chunks and the ensembled command', lead, f'{key}<div class="grid chunks">{whole}{close}</div>')
 
@@ -451,16 +463,16 @@ def averaging(studies: dict, runs: dict[str, Rollouts]) -> str:
     """Plain averaging of chunks from fresh noise against warm start."""
     fresh, warm = studies['fresh_average'], studies['warm_start']
     jerks = [study.get('jerk_rms') for study in (fresh, warm)]
-    lead = f'''Averaging chunks that chose different sides is BC’s mistake again. Both runs plan twice as often and average all live
-      chunks with equal weight; only the noise differs. Look in front of the pillar: {of(fresh, "touched")} touch it with fresh
-      noise, {of(warm, "touched")} with warm start.'''
+    lead = f'''Averaging chunks that chose different sides is BC’s mistake again. Both runs plan twice as often and
+      average all live chunks with equal weight; only the noise differs. Look in front of the pillar:
+      {of(fresh, "touched")} touch it with fresh noise, {of(warm, "touched")} with warm start.'''
     if None not in jerks and jerks[0] <= jerks[1] and fresh['successes'] < warm['successes']:
         lead += ' By jerk alone fresh noise would win: smoothness says nothing without success.'
     panels = ''
     for name, title, jerk in (('fresh_average', 'Fresh noise for every chunk', jerks[0]),
                               ('warm_start', 'Warm start from the chunk before', jerks[1])):
-        smoothness = '' if jerk is None else f'''<div class="metric">jerk of the commands, RMS<br>
-          <b class="number">{jerk:g}<small> rad/s³</small></b>{bar(("plain", jerk / max(*filter(None, jerks), 1e-9)))}</div>'''
+        smoothness = '' if None in jerks else f'''<div class="metric">jerk of the commands, RMS<br>
+          <b class="number">{jerk:g}<small> rad/s³</small></b>{bar(("plain", jerk / max(*jerks, 1e-9)))}</div>'''
         panels += figure(top_view_image(runs[name].paths, runs[name].outcomes, f'{title}: {of(studies[name])}'),
                          f'<b>{title}</b><div class="metric">success<br>{score(studies[name])}</div>{smoothness}')
     return section('What averaging does to Flow', lead, f'{legend(**OUTCOMES)}<div class="grid two">{panels}</div>')
@@ -478,9 +490,9 @@ def timing(controller: dict, lateness: np.ndarray) -> str:
     scheduler = f'; scheduler {escape(str(controller["scheduler"]))}' if controller.get('scheduler') else ''
     histogram = figure(
         responsive(lambda size: lateness_figure(lateness, marks, size), (10.6, 3.0), 'histogram of tick lateness'),
-        f'''Lateness of {len(lateness)} ticks over DDS at real-time factor 1, logarithmic counts: p50 {p50:g} ms, p99 {p99:g} ms,
-        max {latest:g} ms{scheduler}. Limit violations: commands outside position, velocity or acceleration limits, recomputed from
-        the commands of all runs.''')
+        f'''Lateness of {len(lateness)} ticks over DDS at real-time factor 1, logarithmic counts: p50 {p50:g} ms,
+        p99 {p99:g} ms, max {latest:g} ms{scheduler}. Limit violations: commands outside position, velocity or
+        acceleration limits, recomputed from the commands of all runs.''')
     lead = f'Look at the right end: how late a tick comes at worst, against {1000 / rate:.0f} ms from tick to tick.'
     return section(f'The {rate:g} Hz loop', lead, f'<div class="tiles">{tiles}</div>{histogram}')
 
@@ -492,14 +504,16 @@ def making(results: dict) -> str:
         longest = max(*(seconds for _, seconds in stages), 1e-9)
         body += table(['stage', 'time', ''], [[escape(name), f'{seconds:.1f}\u00a0s', bar(('plain', seconds / longest))]
                                               for name, seconds in stages], 'stages')
-    facts = [f'{results[key]:.1f} s {what}' for key, what in (('wall_s', 'in all'), ('setup_s', 'of which set-up')) if key in results]
-    facts += [escape(results[key]) for key in ('machine',) if key in results]
+    facts = [f'{what} {results[key]:.1f} s' for key, what in (('wall_s', 'all together'), ('setup_s', 'set-up'))
+             if key in results]
+    if machine := results.get('machine'):
+        facts.append(escape(machine))
     body += f'<p class="soft small">{" · ".join(facts)}</p>'
     if training := results.get('training'):
         names = {**POLICIES, 'bc_left': 'BC, one side'}
-        body += table(['training', 'demonstrations', 'steps', 'time', 'loss'], [
-            [names.get(name, escape(name)), f'{fact.get("episodes", "–")}', f'{fact["steps"]}', f'{fact["seconds"]:.0f}\u00a0s',
-             f'{fact["loss"]:.4f}'] for name, fact in training.items()], 'plain')
+        rows = [[names.get(name, escape(name)), str(fact.get('episodes', '–')), str(fact['steps']),
+                 f'{fact["seconds"]:.0f}\u00a0s', f'{fact["loss"]:.4f}'] for name, fact in training.items()]
+        body += table(['training', 'demonstrations', 'steps', 'time', 'loss'], rows, 'plain')
         body += '<p class="soft small">The losses of BC and Flow measure different things and do not compare.</p>'
     if dataset := results.get('dataset'):
         body += f'<p><b>Dataset.</b> {escape(dataset)}</p>'
@@ -513,7 +527,8 @@ def going_on(name: str) -> str:
         ('make demo FRESH=1', 'everything from the start'),
         ('. ./env.sh', 'the environment for what follows'),
         (f'il evaluate {name}/checkpoints/flow --task reach_around --episodes 200', 'more starts, in lock-step'),
-        (f'il train {name}/dataset --output my_policy --preset config/policies/flow.yaml --steps 5000', 'a policy of your own'),
+        (f'il train {name}/dataset --output my_policy --preset config/policies/flow.yaml --steps 5000',
+         'a policy of your own'),
         ('il convert BAGS DATASET --contract config/robots/ROBOT.yaml', 'recordings of your own arm: see README.md'))
     listed = ''.join(f'<div><code>{command}</code><span>{what}</span></div>' for command, what in steps)
     return section('Reproduce, and go on', f'The numbers of this page are in <code>{name}/results.json</code>.',
@@ -554,7 +569,8 @@ def write(out: Path) -> Path:
         if 'warm_start' in runs:
             body += averaging(studies, runs)
         body += timing(results['controller'], lateness) + making(results) + going_on(escape(out.resolve().name))
-    colours = {'ink': INK, 'soft': SOFT, 'line': LINE, 'measured': MEASURED, **{kind: c for kind, (c, _) in STYLES.items()}}
+    colours = {kind: colour for kind, (colour, _) in STYLES.items()}
+    colours.update(ink=INK, soft=SOFT, line=LINE, measured=MEASURED)
     page = f'''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Reach around: BC and Flow</title>
@@ -587,8 +603,8 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 14px; 
 figure { margin: 0; min-width: 0; }
 figcaption { margin-top: 8px; }
 img { display: block; width: 100%; height: auto; }
-code { font: 0.86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: #eef2f5; border-radius: 5px;
-  padding: 1px 5px; overflow-wrap: anywhere; }
+code { font: 0.86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: #eef2f5; padding: 1px 5px;
+  border-radius: 5px; overflow-wrap: anywhere; }
 .hero { grid-column: 2; grid-row: 1 / 3; }
 .clip { border-radius: 14px; border: 1px solid var(--line); }
 .still { display: flex; gap: 14px; align-items: center; margin: 16px 0; color: var(--soft); font-size: 0.86rem;
