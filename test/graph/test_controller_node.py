@@ -4,8 +4,8 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import ROOT, call, wait_for
 
+from conftest import ROOT, call, wait_for
 from il_policies.contract import load_contract
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
@@ -16,9 +16,10 @@ class FollowingArm:
 
     def __init__(self, node):
         from il_msgs.msg import ActionChunk, ControllerStatus
-        from il_runtime.ros import STATUS_QOS, chunk_qos
         from sensor_msgs.msg import JointState
         from std_msgs.msg import Float64MultiArray
+
+        from il_runtime.ros import STATUS_QOS, chunk_qos
         self.node, self.contract = node, load_contract(CONTRACT)
         self.names = list(self.contract.action.joints)
         self.position, self.silent = np.zeros(6), False
@@ -54,6 +55,7 @@ class FollowingArm:
     def send(self, epoch, values, sequence=0, names=None, offset=0.0):
         """A chunk that moves shoulder_pan through `values`, 0.1 s apart, from now."""
         from il_msgs.msg import ActionChunk
+
         from il_runtime.ros import to_stamp
         now = self.node.get_clock().now().nanoseconds + round(offset * 1e9)
         names = names or self.names

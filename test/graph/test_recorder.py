@@ -9,14 +9,15 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from mcap.exceptions import EndOfFile
+from mcap.stream_reader import StreamReader
+from rosbags.highlevel import AnyReader
+
 from conftest import ROOT, call, wait_for
 from il_policies.contract import load_contract
 from il_policies.data.bag import bag_info, read_bag
 from il_policies.data.convert import convert
 from il_policies.data.store import Dataset
-from mcap.exceptions import EndOfFile
-from mcap.stream_reader import StreamReader
-from rosbags.highlevel import AnyReader
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 SIM_START = 100 * 10**9
@@ -30,11 +31,10 @@ class Robot:
 
     def __init__(self, node, speed: float | None = None):
         from geometry_msgs.msg import PointStamped
+        from il_msgs.msg import TaskStatus
         from rclpy.qos import qos_profile_sensor_data
         from rosgraph_msgs.msg import Clock
         from sensor_msgs.msg import CompressedImage, JointState
-
-        from il_msgs.msg import TaskStatus
 
         self.node, self.speed = node, speed
         self.joints = list(load_contract(CONTRACT).action.joints)

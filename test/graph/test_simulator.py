@@ -4,8 +4,8 @@ import time
 
 import cv2
 import numpy as np
-from conftest import ROOT, call, wait_for
 
+from conftest import ROOT, call, wait_for
 from il_policies.sim.reach_around import JOINTS, TIP_HEIGHT, Scene, inverse_kinematics
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+
 from il_policies.contract import Contract, from_dict
 from il_policies.data.bag import BagWriter, standard_types
 

@@ -6,6 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from mcap.exceptions import EndOfFile
+from mcap.reader import make_reader
+from mcap.stream_reader import StreamReader
+from rosbags.highlevel import AnyReader
+
 from il_policies.data.bag import (
     BagError,
     BagWriter,
@@ -17,11 +22,7 @@ from il_policies.data.bag import (
     standard_types,
     topic_types,
 )
-from mcap.exceptions import EndOfFile
-from mcap.reader import make_reader
-from mcap.stream_reader import StreamReader
 from recordings import MS, START, TYPES, joint_state, recording, write_bag
-from rosbags.highlevel import AnyReader
 
 
 def test_round_trip_with_both_stamps(tmp_path):

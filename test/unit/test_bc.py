@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import torch
-from test_flow import SMALL, make_flow, make_spec, unit_normalizer
 
 from il_policies.policies.bc import BC, BCConfig
+from test_flow import SMALL, make_flow, make_spec, unit_normalizer
 
 
 def make_bc() -> BC:

@@ -8,11 +8,11 @@ import time
 
 import pytest
 import torch
-from test_bc import make_bc
-from test_flow import make_flow
 
 from il_policies import checkpoint
 from il_policies.checkpoint import CheckpointError
+from test_bc import make_bc
+from test_flow import make_flow
 
 EXTRA = {'contract': {'robot': 'r'}, 'contract_hash': 'abc', 'dataset_hash': 'def', 'training': {'steps': 3}}
 

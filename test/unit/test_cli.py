@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from test_train import make_dataset
 
 from il_policies import cli
+from test_train import make_dataset
 
 MODULE = [sys.executable, '-m', 'il_policies.cli']
 

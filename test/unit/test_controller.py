@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from il_policies.contract import load_contract
 from il_runtime.core.controller import Controller
 from il_runtime.core.ensembling import Chunk, ChunkError, Ensembler

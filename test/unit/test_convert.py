@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+
 from il_policies.data.align import buffers, observation_at
 from il_policies.data.bag import BagError
 from il_policies.data.convert import convert, dataset_info, summary_line

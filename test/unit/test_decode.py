@@ -5,6 +5,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+
 from il_policies.contract import Stream
 from il_policies.data.decode import DecodeError, decode, decode_jpeg, stamp_of
 from recordings import TYPES, compressed, header, joint_state, jpeg, picture, point

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from il_runtime.core.ensembling import Chunk, ChunkError, Ensembler, arrange
 
 TOLERANCE = np.array([0.3, 0.3])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from il_policies.contract import ContractError, from_dict
 from il_policies.data.importers import NpzMapping, import_npz, load_mapping
 from il_policies.data.store import DataError, Dataset

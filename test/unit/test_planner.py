@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_bc import make_bc
-from test_flow import make_flow
 
 from il_policies.planner import Planner, resample
+from test_bc import make_bc
+from test_flow import make_flow
 
 OBSERVATION = {'state': np.array([[0.1, -0.2], [0.3, 0.0]], np.float32)}
 
@@ -77,3 +77,9 @@ def test_regression_plans_too():
 def test_wrong_settings_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         Planner(make_flow(), **wrong)
+
+
+def test_warming_up_changes_no_chunk():
+    warm, cold = (Planner(make_flow(), 'per_chunk', seed=3) for _ in range(2))
+    warm.warm_up()
+    np.testing.assert_array_equal(warm.plan(OBSERVATION, 0.0), cold.plan(OBSERVATION, 0.0))

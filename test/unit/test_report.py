@@ -119,10 +119,10 @@ def test_the_numbers_are_those_of_results_json(out):
     text = text_of((out / 'report.html').read_text())
     for number in (
             '97 of 102', '13 of 101', '3 / 21', '13 / 101', '19 / 22', '97 / 102', '93 / 96', '28 / 51', '49 / 52',
-            '17 touched', '83 touched', '2 touched', '1 touched', '24 left', '26 right', '48 of 50', '20 of 51', '1 of 52',
-            '123.4 rad/s³', '234.5 rad/s³', '0.151 ms', '0.683 ms', '7.912 ms', '5 missed of 9012', '0 limit violations',
-            'SCHED_OTHER', 'x86_64 &lt;test&gt;', '2500', '2501', '0.0123', '0.0045', RESULTS['dataset'], '61.5 s',
-            '171.4 s', '553.6 s', '4 demonstrations', '2 left, 2 right'):
+            '17 touched', '83 touched', '2 touched', '1 touched', '24 left', '26 right', '48 of 50', '20 of 51',
+            '1 of 52', '123.4 rad/s³', '234.5 rad/s³', '0.151 ms', '0.683 ms', '7.912 ms', '5 missed of 9012',
+            '0 limit violations', 'SCHED_OTHER', 'x86_64 &lt;test&gt;', '2500', '2501', '0.0123', '0.0045',
+            RESULTS['dataset'], '61.5 s', '171.4 s', '553.6 s', '4 demonstrations', '2 left, 2 right'):
         assert number in text, number
     # Fresh noise has the lower jerk here, and fails: the page must say so.
     assert 'smoothness says nothing without success' in text

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from il_runtime.core.safety import Gate, stopping_speed
 
 PERIOD = 0.02

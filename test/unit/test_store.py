@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+
 from il_policies.data.store import (
     ActionInfo,
     DataError,

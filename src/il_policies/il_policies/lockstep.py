@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
-from il_runtime.core.controller import Controller
-from il_runtime.core.ensembling import Chunk, Ensembler
-from il_runtime.core.mode import Mode
-from il_runtime.core.safety import limit_violations
 
 from il_policies.contract import Contract, ContractError, from_dict
 from il_policies.planner import Planner
 from il_policies.policies import Policy, PolicyError
 from il_policies.sim.reach_around import JOINTS, ReachAround, Scene, sample_scene
+from il_runtime.core.controller import Controller
+from il_runtime.core.ensembling import Chunk, Ensembler
+from il_runtime.core.mode import Mode
+from il_runtime.core.safety import limit_violations
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,10 @@ class Planner:
         return chunk
 
     def warm_up(self) -> None:
-        """Plan once from zeros and forget it: a network's first pass is its slowest."""
-        self.plan({name: np.zeros((self.policy.spec.history, *shape)) for name, shape in self.policy.spec.features.items()}, 0.0)
+        """Plan once from zeros and forget it, the noise drawn too: a network's first pass is its slowest."""
+        spec, state = self.policy.spec, self._generator.get_state()
+        self.plan({name: np.zeros((spec.history, *shape)) for name, shape in spec.features.items()}, 0.0)
+        self._generator.set_state(state)
         self.reset()
 
 

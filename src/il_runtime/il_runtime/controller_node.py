@@ -185,7 +185,8 @@ class ControllerNode(LifecycleNode):
         before = time.monotonic_ns()
         offset = self.get_clock().now().nanoseconds - before
         # While armed the stamps of commands are as even as the commands, whatever slews the wall clock.
-        if abs(offset - self.offset) > (1_000_000 if self.controller.mode == Mode.INACTIVE else 50_000_000) and time.monotonic_ns() - before < 200_000:
+        tolerated = 1_000_000 if self.controller.mode == Mode.INACTIVE else 50_000_000
+        if abs(offset - self.offset) > tolerated and time.monotonic_ns() - before < 200_000:
             self.offset = offset
         return self.offset
 

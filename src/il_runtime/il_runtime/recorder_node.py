@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from ament_index_python.packages import PackageNotFoundError, get_package_share_directory
-from il_policies.contract import ContractError, load_contract
-from il_policies.data.bag import BagError, BagWriter, add_definitions, standard_types
+from il_msgs.msg import ActionChunk, ControllerStatus, TaskStatus
+from il_msgs.srv import StartEpisode, StopEpisode
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
@@ -22,8 +22,8 @@ from rclpy.subscription import Subscription
 from rclpy.task import Future
 from sensor_msgs.msg import JointState
 
-from il_msgs.msg import ActionChunk, ControllerStatus, TaskStatus
-from il_msgs.srv import StartEpisode, StopEpisode
+from il_policies.contract import load_contract
+from il_policies.data.bag import BagError, BagWriter, add_definitions, standard_types
 from il_runtime.ros import STATUS_QOS, chunk_qos, declare, message_class, run
 
 DEPTH = 1000

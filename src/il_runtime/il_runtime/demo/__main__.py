@@ -124,7 +124,8 @@ def train(out: Path, config: Path) -> dict[str, dict]:
     for name, fact in facts.items():
         console.print(f'     {name:<8} {fact["parameters"]} parameters, {fact["steps"]} steps on {fact["episodes"]} '
                       f'demonstrations in {fact["seconds"]:.0f} s, loss {fact["loss"]:.4f}')
-    return {name: {key: fact[key] for key in ('steps', 'seconds', 'loss', 'episodes', 'parameters')} for name, fact in facts.items()}
+    told = ('steps', 'seconds', 'loss', 'episodes', 'parameters')
+    return {name: {key: fact[key] for key in told} for name, fact in facts.items()}
 
 
 def start_training(processes: Processes, name: str, out: Path, config: Path, checkpoint: Path) -> subprocess.Popen:
@@ -233,8 +234,8 @@ def show(results: dict) -> None:
     console.print(f'     Flow from one start, {one["episodes"]} draws: {one["left"]} left, {one["right"]} right\n'
                   f'     Averaged chunks: fresh noise {fresh["successes"]}/{fresh["episodes"]}, '
                   f'warm start {warm["successes"]}/{warm["episodes"]}\n'
-                  f'     50 Hz loop ({loop["scheduler"]}): lateness p50 {loop["lateness_p50_ms"]} ms, p99 {loop["lateness_p99_ms"]} ms, '
-                  f'max {loop["lateness_max_ms"]} ms; {loop["missed_ticks"]} of {loop["ticks"]} ticks missed; '
+                  f'     50 Hz loop ({loop["scheduler"]}): lateness p50 {loop["lateness_p50_ms"]} ms, '
+                  f'p99 {loop["lateness_p99_ms"]} ms, max {loop["lateness_max_ms"]} ms; {loop["missed_ticks"]} of {loop["ticks"]} ticks missed; '
                   f'{loop["limit_violations"]} limit violations')
 
 

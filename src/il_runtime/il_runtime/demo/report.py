@@ -70,7 +70,7 @@ def load_rollouts(out: Path, name: str) -> Rollouts:
     with np.load(out / 'rollouts' / f'{name}.npz', allow_pickle=False) as file:
         arrays = dict(file)
     outcomes = ['touched' if touched else 'reached' if reached else 'late'
-                for reached, touched in zip(arrays['reached'], arrays['touched'])]
+                for reached, touched in zip(arrays['reached'], arrays['touched'], strict=True)]
     return Rollouts(np.split(arrays['tips'], arrays['ends'][:-1]), outcomes, arrays)
 
 
@@ -157,7 +157,7 @@ def top_view(ax: Axes, paths: list[np.ndarray], kinds: list[str]) -> None:
     alpha = float(np.clip(25 / max(len(paths), 1), 0.4, 0.9))
     for kind in ('left', 'right', 'reached', 'late', 'touched'):  # failures on top
         colour, dashes = STYLES[kind]
-        chosen = [100 * path[:, 1::-1] for path, this in zip(paths, kinds) if this == kind]
+        chosen = [100 * path[:, 1::-1] for path, this in zip(paths, kinds, strict=True) if this == kind]
         ax.add_collection(LineCollection(chosen, colors=colour, linestyles=[dashes], linewidths=1.1, alpha=alpha,
                                          zorder=2))
         if kind == 'touched' and chosen:
@@ -179,7 +179,8 @@ def top_view_image(paths: list[np.ndarray], kinds: list[str], alt: str) -> str:
 def paths_figure(views: list[View]) -> Figure:
     """Views from above in a row."""
     drawing = Figure(figsize=(2.9 * len(views), 3.5))
-    for ax, (title, subtitle, paths, kinds) in zip(drawing.subplots(1, len(views), sharey=True), views):
+    axes = drawing.subplots(1, len(views), sharey=True)
+    for ax, (title, subtitle, paths, kinds) in zip(axes, views, strict=True):
         top_view(ax, paths, kinds)
         ax.text(0, 1.095, title, transform=ax.transAxes, fontsize=12, fontweight='bold')
         ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=10, color=SOFT)
@@ -404,7 +405,7 @@ def from_above(results: dict, views: list[View], over_dds: list[Rollouts]) -> st
                      for title, subtitle, paths, kinds in views)
     dds = ''.join(figure(top_view_image(runs.paths, runs.outcomes, f'{title} over DDS'),
                          f'<b>{title}</b><br>{runs.outcomes.count("reached")} of {len(runs.paths)} reach the goal')
-                  for title, runs in zip(POLICIES.values(), over_dds))
+                  for title, runs in zip(POLICIES.values(), over_dds, strict=True))
     lead = f'''Look in front of the pillar, where the ways part: {of(bc, "touched", "lockstep_")} BC runs end at the
       pillar, between the two ways; of Flow’s {flow["lockstep_episodes"]}, {flow["lockstep_touched"]} touch it and the
       others go one way or the other.'''
@@ -418,7 +419,8 @@ def from_above(results: dict, views: list[View], over_dds: list[Rollouts]) -> st
 def one_start(runs: Rollouts, study: dict) -> str:
     """Both ways from one start."""
     left, right, n = study['left'], study['right'], study['episodes']
-    kinds = ['touched' if outcome == 'touched' else side(path) for path, outcome in zip(runs.paths, runs.outcomes)]
+    kinds = ['touched' if outcome == 'touched' else side(path)
+             for path, outcome in zip(runs.paths, runs.outcomes, strict=True)]
     lead = f'''One start, one goal, {n} draws of noise: Flow goes left {left} times and right {right} times. Look for
       both colours: a policy that had settled on one side would show one.'''
     return section('Both ways from one start', lead, f'''<div class="grid beside">

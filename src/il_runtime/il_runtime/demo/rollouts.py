@@ -139,4 +139,5 @@ def save_rollouts(path: Path, episodes: list[tuple[Scene, np.ndarray, bool, bool
         path, tips=np.concatenate([tips.reshape(-1, 3) for _, tips, _, _ in episodes]),
         ends=np.cumsum([len(tips) for _, tips, _, _ in episodes]),
         reached=np.array([reached for _, _, reached, _ in episodes]), touched=np.array([touched for *_, touched in episodes]),
-        starts=np.array([scene.start for scene, *_ in episodes]), goals=np.array([scene.goal for scene, *_ in episodes]), **arrays)
+        starts=np.array([scene.start for scene, *_ in episodes]), goals=np.array([scene.goal for scene, *_ in episodes]),
+        **arrays)
