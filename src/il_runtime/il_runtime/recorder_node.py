@@ -30,7 +30,7 @@ DEPTH = 1000
 """Messages of a topic that may wait while the disk or the machine is busy: a second of the fastest joint states."""
 
 
-DRAIN_S = 1.0
+DRAIN_S = 4.0
 """How long the end of an episode waits for messages that are still on their way [s]."""
 
 
@@ -55,7 +55,8 @@ class RecorderNode(Node):
         command = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.RELIABLE)
         self.types = standard_types()
         self.topics: dict[str, str] = {}  # resolved topic → type
-        self.sensors: dict[str, Subscription] = {}  # resolved topic → best-effort or reliable subscription
+        self.subscribed: dict[str, Subscription] = {}  # by resolved topic
+        self.sensors: list[str] = []  # those of observation streams
         self.last_seen: dict[str, float] = {}  # resolved topic → monotonic [s]; the simulated clock may stand still
         for stream in self.contract.observations.values():
             self._subscribe(stream.topic, message_class(stream), sensor)
@@ -78,20 +79,28 @@ class RecorderNode(Node):
 
         def on_message(data: bytes, info: dict) -> None:
             self._on_message(topic, data, info)
+            # The executor hands over one message a topic and round, and a round takes a millisecond: on a busy machine
+            # a queue would only grow. What else has arrived is taken at once.
+            for _ in range(DEPTH):
+                taken = self.subscribed[topic].handle.take_message(kind, True)
+                if taken is None:
+                    break
+                self._on_message(topic, *taken)
 
-        subscription = self.create_subscription(kind, topic, on_message, qos, raw=True)
+        self.subscribed[topic] = self.create_subscription(kind, topic, on_message, qos, raw=True)
         if qos.reliability == ReliabilityPolicy.BEST_EFFORT:
-            self.sensors[topic] = subscription
+            self.sensors.append(topic)
 
     def _adapt_reliability(self) -> None:
         """As `ros2 bag record`: reliable where all publishers are, so that nothing is lost; else what all can serve."""
         if self.writer is not None:
             return
-        for topic, subscription in self.sensors.items():
+        for topic in self.sensors:
+            subscription = self.subscribed[topic]
             offered = {info.qos_profile.reliability for info in self.get_publishers_info_by_topic(topic)}
             wanted = ReliabilityPolicy.RELIABLE if offered == {ReliabilityPolicy.RELIABLE} else ReliabilityPolicy.BEST_EFFORT
             if offered and wanted != subscription.qos_profile.reliability:
-                self.sensors[topic] = self.create_subscription(
+                self.subscribed[topic] = self.create_subscription(
                     subscription.msg_type, topic, subscription.callback, QoSProfile(depth=DEPTH, reliability=wanted), raw=True)
                 self.destroy_subscription(subscription)
 

@@ -120,7 +120,7 @@ def train(out: Path, config: Path) -> dict[str, dict]:
                     done += 1
             advance(done, ', '.join(f'{name} {percent(out / "logs" / f"train_{name}.log")}' for name in running))
             time.sleep(0.2)
-    facts = {name: json.loads((path / 'policy.json').read_text())['training'] for name, path in jobs.items()}
+    facts = {name: json.loads((path / 'policy.json').read_text())['extra']['training'] for name, path in jobs.items()}
     for name, fact in facts.items():
         console.print(f'     {name:<8} {fact["parameters"]} parameters, {fact["steps"]} steps on {fact["episodes"]} '
                       f'demonstrations in {fact["seconds"]:.0f} s, loss {fact["loss"]:.4f}')
@@ -235,8 +235,8 @@ def show(results: dict) -> None:
                   f'     Averaged chunks: fresh noise {fresh["successes"]}/{fresh["episodes"]}, '
                   f'warm start {warm["successes"]}/{warm["episodes"]}\n'
                   f'     50 Hz loop ({loop["scheduler"]}): lateness p50 {loop["lateness_p50_ms"]} ms, '
-                  f'p99 {loop["lateness_p99_ms"]} ms, max {loop["lateness_max_ms"]} ms; {loop["missed_ticks"]} of {loop["ticks"]} ticks missed; '
-                  f'{loop["limit_violations"]} limit violations')
+                  f'p99 {loop["lateness_p99_ms"]} ms, max {loop["lateness_max_ms"]} ms; '
+                  f'{loop["missed_ticks"]} of {loop["ticks"]} ticks missed; {loop["limit_violations"]} limit violations')
 
 
 def demo(out: Path, config: Path, setup_s: float) -> None:

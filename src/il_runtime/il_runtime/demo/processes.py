@@ -18,8 +18,9 @@ class DemoError(RuntimeError):
 class Processes:
     """Starts processes with logs of their own; leaving the block ends them all."""
 
-    def __init__(self, logs: Path):
-        self.logs = logs
+    def __init__(self, logs: Path, patience: float = 8.0):
+        """patience: from asking a process to end to ending it [s]."""
+        self.logs, self.patience = logs, patience
         self.running: dict[str, subprocess.Popen] = {}
 
     def __enter__(self):
@@ -29,7 +30,7 @@ class Processes:
         for process in self.running.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
-        deadline = time.monotonic() + 8.0
+        deadline = time.monotonic() + self.patience
         for process in self.running.values():
             try:
                 process.wait(max(deadline - time.monotonic(), 0.1))
