@@ -51,7 +51,7 @@ class TrainConfig:
     """Network, the same for both algorithms."""
     euler_steps: int = 10
     """Flow: integration steps from noise to actions."""
-    time_sampling: Literal['uniform', 'beta'] = 'beta'
+    time_sampling: Literal['uniform', 'beta'] = 'uniform'
     """Flow: distribution of the flow times trained on; beta has more weight near noise."""
     steps: int | None = None
     """Budget in optimiser steps; none: no limit."""

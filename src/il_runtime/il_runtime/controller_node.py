@@ -235,12 +235,12 @@ class ControllerNode(LifecycleNode):
             message.header.stamp = to_stamp(round(now * 1e9) + offset)
             self.output.publish(Float64MultiArray(data=command))
             self.commands.publish(message)
-        if self.announced != (self.controller.mode, self.controller.epoch, self.controller.reason):
+        if self.announced != (self.controller.mode, self.controller.epoch):
             self._publish_status(with_lateness=False)
 
     def _publish_status(self, with_lateness: bool = True) -> None:
         c, blend = self.controller, self.controller.blend
-        self.announced = (c.mode, c.epoch, c.reason)
+        self.announced = (c.mode, c.epoch)
         message = ControllerStatus(
             mode=int(c.mode), reason=c.reason, epoch=c.epoch, live_chunks=blend.live if blend else 0,
             chunk_age=blend.age if blend else float('nan'), disagreement=blend.disagreement if blend else 0.0,

@@ -26,7 +26,7 @@ class FlowConfig:
     """The network."""
     euler_steps: int = 10
     """Steps from noise to actions; warm starts take proportionally fewer."""
-    time_sampling: Literal['uniform', 'beta'] = 'beta'
+    time_sampling: Literal['uniform', 'beta'] = 'uniform'
     """Flow times trained on: uniform, or 1 - Beta(1.5, 1) with more weight near noise, as π₀."""
 
     def __post_init__(self):
