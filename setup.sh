@@ -38,8 +38,8 @@ pip_install() {  # pip_install "what" args…
   local what=$1; shift
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$venv/constraints.txt" "$@" >>"$log" 2>&1 || {
     if grep -qE 'No space left' "$log"; then fail "$what: the disk is full"; fi
-    if grep -qE 'NewConnectionError|ConnectTimeout|Temporary failure in name|Network is unreachable|ProxyError' "$log"; then
-      fail "$what: no package index could be reached; check the network (details: $log)"; fi
+    if grep -qE 'from versions: none|NewConnectionError|ConnectTimeout|Temporary failure in name|Network is unreachable|ProxyError' "$log"; then
+      fail "$what: no package index answers; check the network and pip's settings (details: $log)"; fi
     fail "$what: $(grep -E '^ERROR' "$log" | tail -1 || true) (details: $log)"; }
   say "$what"
 }
@@ -47,7 +47,7 @@ has_library() { ldconfig -p 2>/dev/null | grep -q "$1"; }
 
 # --- what the machine must have ---------------------------------------------------------------------------------------
 command -v "$python" >/dev/null || fail "$python not found; install Python 3.10 to 3.13 or set PYTHON"
-version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$python does not run"
 case $version in 3.10 | 3.11 | 3.12 | 3.13) ;; *) fail "Python $version is not supported; 3.10 to 3.13 are (set PYTHON=python3.11, say)" ;; esac
 ros=${ROS_DISTRO:-}
 if [ -z "$ros" ] && [ "$(uname -m)" != x86_64 ]; then
@@ -64,7 +64,7 @@ if [ "$(cat .venv/ready 2>/dev/null || true)" = "$fingerprint" ]; then
 fi
 mkdir -p log && : >"$log" || fail "cannot write here ($PWD): disk full or read-only?"
 free_kb=$(df -Pk . | awk 'NR==2{print $4}')
-[ -d .venv ] || [ "$free_kb" -gt 5000000 ] || fail "needs 5 GB of free disk here, there are $((free_kb / 1000000)) GB"
+[ -d .venv ] || [ "$free_kb" -gt 4000000 ] || fail "needs 4 GB of free disk here, there are $((free_kb / 1000000)) GB"
 command -v c++ >/dev/null || need_debian 'no C++ compiler' g++
 command -v make >/dev/null || need_debian 'no make' make
 "$python" -c 'import venv, ensurepip' 2>/dev/null || need_debian 'Python without venv' "python$version-venv"

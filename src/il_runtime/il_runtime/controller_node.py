@@ -27,7 +27,7 @@ from il_policies.data.decode import DecodeError, decode
 from il_runtime.core.controller import Controller
 from il_runtime.core.ensembling import MODES, Chunk, ChunkError, Ensembler, arrange
 from il_runtime.core.mode import Mode
-from il_runtime.ros import STATUS_QOS, chunk_qos, declare, loud, nanoseconds, run, start, to_stamp
+from il_runtime.ros import STATUS_QOS, Worker, chunk_qos, declare, loud, nanoseconds, run, start, to_stamp
 
 MAX_STAMP_OFFSET = 1.0
 """A chunk whose observation is further than this from now was stamped by another clock [s]."""
@@ -88,7 +88,7 @@ class ControllerNode(LifecycleNode):
     def on_activate(self, state) -> TransitionCallbackReturn:
         """Start the loop; the arm stays INACTIVE until armed."""
         self.running = True
-        self.thread = threading.Thread(target=self._loop, name='control', daemon=True)
+        self.thread = Worker(self._loop, 'control')
         self.thread.start()
         return super().on_activate(state)
 
@@ -103,7 +103,7 @@ class ControllerNode(LifecycleNode):
             return
         self._post(lambda now: self.controller.disarm('shutting down'))
         deadline = time.monotonic() + 5.0
-        while self.controller.mode != Mode.INACTIVE and time.monotonic() < deadline:
+        while self.thread.is_alive() and self.controller.mode != Mode.INACTIVE and time.monotonic() < deadline:
             spin_once()
         self.running = False
         self._wake_up()

@@ -15,7 +15,7 @@ from il_policies.contract import Contract, load_contract
 from il_policies.data.align import buffers, observation_at
 from il_policies.data.decode import DecodeError, decode, stamp_of
 from il_policies.planner import NOISE, Planner
-from il_runtime.ros import STATUS_QOS, be_nice, chunk_qos, declare, loud, message_class, run, start, to_stamp
+from il_runtime.ros import STATUS_QOS, Worker, be_nice, chunk_qos, declare, loud, message_class, run, start, to_stamp
 
 FOLLOWING = (ControllerStatus.HOLD, ControllerStatus.POLICY)
 
@@ -70,7 +70,7 @@ class PolicyNode(LifecycleNode):
     def on_activate(self, state) -> TransitionCallbackReturn:
         """Start planning."""
         self.running = True
-        self.thread = threading.Thread(target=self._plan, name='planning', daemon=True)
+        self.thread = Worker(self._plan, 'planning')
         self.thread.start()
         self.get_logger().info(f'{self.policy.hash}: plans every {self.stride / 1e9:g} s')
         return super().on_activate(state)

@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -96,10 +97,25 @@ def start(node) -> None:
             raise ValueError(f'{node.get_name()} could not start, see above')
 
 
+class Worker(threading.Thread):
+    """A node's own thread; if it fails, `run` ends the node instead of leaving a body without a heart."""
+
+    def __init__(self, work: Callable[[], None], name: str):
+        super().__init__(name=name, daemon=True)
+        self.work, self.failure = work, ''
+
+    def run(self) -> None:
+        """The work, until it returns or fails."""
+        try:
+            self.work()
+        except Exception:
+            self.failure = traceback.format_exc()
+
+
 def run(make_node: Callable[[], rclpy.node.Node]) -> None:
     """Main of a node: spin until Ctrl-C or SIGTERM, let the node finish in order (`node.finish(spin_once)`), exit 0.
 
-    A node that cannot start says so in one line and exits with 2.
+    A node that cannot start says so in one line and exits with 2; one whose `thread`, a Worker, fails exits with 1.
     """
     asked = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -114,8 +130,12 @@ def run(make_node: Callable[[], rclpy.node.Node]) -> None:
         sys.exit(2)
     executor = SingleThreadedExecutor()
     executor.add_node(node)
+
+    def failure() -> str:
+        return getattr(getattr(node, 'thread', None), 'failure', '')
+
     try:
-        while not asked:
+        while not asked and not failure():
             executor.spin_once(timeout_sec=0.1)
         if hasattr(node, 'finish'):
             node.finish(lambda: executor.spin_once(timeout_sec=0.02))
@@ -125,3 +145,5 @@ def run(make_node: Callable[[], rclpy.node.Node]) -> None:
         executor.shutdown()
         node.destroy_node()
         rclpy.try_shutdown()
+    if failure():
+        sys.exit(failure())

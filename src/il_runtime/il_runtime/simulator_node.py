@@ -21,7 +21,7 @@ from std_msgs.msg import Float64MultiArray
 
 from il_policies.contract import Stream, load_contract
 from il_policies.sim.reach_around import CONTROL_PERIOD, JOINTS, PHYSICS_STEP, ReachAround, Scene, SceneError
-from il_runtime.ros import be_nice, declare, run, to_stamp
+from il_runtime.ros import Worker, be_nice, declare, run, to_stamp
 
 STATUS_RATE = 20.0
 """Rate of the task status [Hz of simulated time]."""
@@ -73,7 +73,7 @@ class SimulatorNode(Node):
         self.running = True
         self.failure: Exception | None = None
         started = threading.Event()
-        self.thread = threading.Thread(target=self._loop, args=(started,), name='physics', daemon=True)
+        self.thread = Worker(lambda: self._loop(started), 'physics')
         self.thread.start()
         started.wait()
         if self.failure is not None:

@@ -30,7 +30,6 @@ from il_runtime.demo.processes import DemoError, Processes, terminate_like_inter
 
 DEMONSTRATIONS, LEAST_DEMONSTRATIONS = 60, 40
 RECORDING_SPEED = 4.0
-TRAINING_STEPS = 3000
 EPISODES_DDS, EPISODES_LOCKSTEP, DRAWS = 20, 100, 50
 SCENES_SEED = 1000
 """Starts and goals of the evaluation; demonstrations have other seeds."""
@@ -134,7 +133,7 @@ def start_training(processes: Processes, name: str, out: Path, config: Path, che
     where = ['--where', 'task=' + TASK.format(side=side)] if side else []
     return processes.start(f'train_{name}', [
         sys.executable, '-m', 'il_policies.cli', 'train', str(out / 'dataset'), '--output', str(checkpoint), '--preset',
-        str(config / 'policies' / f'{kind}.yaml'), '--steps', str(TRAINING_STEPS), '--threads', '1', *where])
+        str(config / 'policies' / f'{kind}.yaml'), '--threads', '1', *where])
 
 
 def percent(log: Path) -> str:
