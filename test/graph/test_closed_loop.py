@@ -34,9 +34,10 @@ def save_fidgeting_policy(path, scene: Scene):
 
 def test_planner_controller_and_simulator_run_an_episode_within_limits(ros, nodes, tmp_path):
     scene = Scene()
-    nodes.start('simulator_node', contract=CONTRACT)
+    nodes.start('simulator_node', contract=CONTRACT, nice=0)
     nodes.start('controller_node', contract=CONTRACT)
-    nodes.start('policy_node', contract=CONTRACT, checkpoint=save_fidgeting_policy(tmp_path / 'policy', scene), stride=4)
+    nodes.start('policy_node', contract=CONTRACT, checkpoint=save_fidgeting_policy(tmp_path / 'policy', scene), stride=4,
+                nice=0)
 
     def healthy():
         assert all(process.poll() is None for process in nodes.processes.values())

@@ -210,6 +210,7 @@ def summarise(out: Path, dds: dict, steps: dict, facts: dict) -> dict:
             **{f'lateness_p{q}_ms': round(float(np.percentile(lateness, q)), 3) for q in (50, 99)},
             'lateness_max_ms': round(float(lateness.max()), 3),
             'missed_ticks': sum(d['missed_ticks'] for d in dds.values()), 'ticks': sum(d['ticks'] for d in dds.values()),
+            'faults': [reason for d in dds.values() for reason in d['faults']],
             'limit_violations': sum(d['limit_violations'] for d in (*dds.values(), *steps.values())),
             'scheduler': scheduler[1].strip() if scheduler else 'unknown'},
         'training': facts,

@@ -15,7 +15,7 @@ from il_policies.data.decode import decode
 from il_policies.sim.reach_around import EPISODE_S, Scene
 from il_runtime.core.safety import limit_violations
 from il_runtime.ros import STATUS_QOS, chunk_qos, nanoseconds
-from il_runtime.session import Session, SessionError
+from il_runtime.session import Session
 
 
 class Spectator:
@@ -67,19 +67,22 @@ def over_dds(contract: Contract, scenes: list[Scene], save: Path, healthy: Calla
     node = rclpy.create_node('demo')
     spectator = Spectator(node, contract)
     session = Session(node)
-    episodes, shown, violations = [], None, 0
+    episodes, shown, violations, faults = [], None, 0, []
     try:
         for i, scene in enumerate(scenes):
             healthy()
-            outcome = _episode(session, spectator, scene)
+            reached, touched, fault = _episode(session, spectator, scene)
+            if fault:
+                faults.append(fault)
             tips, commands = np.array(spectator.tips), list(spectator.commands)
             stamps = np.array([stamp for stamp, _ in commands], dtype=np.int64)
             violations += limit_violations(contract, np.array([q for _, q in commands]), (stamps - stamps[0]) * 1e-9)
-            episodes.append((scene, tips, *outcome))
+            episodes.append((scene, tips, reached, touched))
+            success = reached and not touched
             # Show the first success, or else the first episode.
-            if shown is None or (outcome == (True, False) and not shown[0]):
-                shown = (outcome == (True, False), scene, commands, list(spectator.joints), list(spectator.chunks))
-            progress(i + 1, 'reached' if outcome == (True, False) else 'touched the pillar' if outcome[1] else 'not reached')
+            if shown is None or (success and not shown[0]):
+                shown = (success, scene, commands, list(spectator.joints), list(spectator.chunks))
+            progress(i + 1, fault or ('touched the pillar' if touched else 'reached' if reached else 'not reached'))
         session.disarm()
         last = spectator.statuses[-1]
     finally:
@@ -96,21 +99,20 @@ def over_dds(contract: Contract, scenes: list[Scene], save: Path, healthy: Calla
                   shown_chunks=np.array([positions for _, positions, _ in chunks]),
                   chunk_period=chunks[0][2] if chunks else 0.0, shown_goal=np.array(scene.goal))
     return {'successes': sum(reached and not touched for _, _, reached, touched in episodes),
-            'touched': sum(touched for *_, touched in episodes), 'episodes': len(episodes),
+            'touched': sum(touched for *_, touched in episodes), 'episodes': len(episodes), 'faults': faults,
             'ticks': last.ticks, 'missed_ticks': last.missed_ticks, 'limit_violations': violations}
 
 
-def _episode(session: Session, spectator: Spectator, scene: Scene) -> tuple[bool, bool]:
-    """Reset, arm, watch; (reached, touched)."""
+def _episode(session: Session, spectator: Spectator, scene: Scene) -> tuple[bool, bool, str]:
+    """Reset, arm, watch; (reached, touched, why the controller faulted or '')."""
     session.disarm()
     session.reset(scene)
     spectator.clear()
     session.arm()
     session.wait_status(lambda controller, task: task.reached or task.touched or controller.mode == ControllerStatus.FAULT,
                         EPISODE_S)
-    if session.controller.mode == ControllerStatus.FAULT:
-        raise SessionError(f'the controller faulted: {session.controller.reason}')
-    return session.task.reached, session.task.touched
+    faulted = session.controller.mode == ControllerStatus.FAULT
+    return session.task.reached and not faulted, session.task.touched, session.controller.reason if faulted else ''
 
 
 def in_lockstep(checkpoint: Path, scenes: list[Scene], seed: int, execution: dict, save: Path) -> dict:
