@@ -4,8 +4,8 @@ from __future__ import annotations
 import numpy as np
 import rclpy
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from il_policies import checkpoint
 from il_policies.contract import load_contract
 from il_policies.policies import PolicySpec

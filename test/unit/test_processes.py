@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+
 from il_runtime.demo.processes import DemoError, Processes
 
 SLEEP = [sys.executable, '-c', 'import time; print("up", flush=True); time.sleep(60)']

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from il_runtime.core.safety import Gate, stopping_speed
+from il_policies.contract import load_contract
+from il_runtime.core.safety import Gate, limit_violations, stopping_speed
 
 PERIOD = 0.02
 LOWER, UPPER = np.array([-1.9, -0.5, 0.0]), np.array([1.9, 0.7, 0.1])
@@ -99,3 +100,22 @@ def test_non_finite_targets_are_refused_and_change_nothing(bad):
     np.testing.assert_array_equal(g.position, before)
     with pytest.raises(ValueError, match='not finite or outside'):
         g.rest(np.array([0.0, bad, 0.0]))
+
+
+def test_violations_are_counted_from_the_commands_alone(root):
+    contract = load_contract(root / 'config/robots/so101.yaml')
+    t = np.arange(100) * PERIOD
+    smooth = np.zeros((100, 6))
+    smooth[:, 0] = 0.5 * (1 - np.cos(2 * t))  # at most 1 rad/s and 2 rad/s²
+    assert limit_violations(contract, smooth) == 0 == limit_violations(contract, smooth, t)
+    jump = smooth.copy()
+    jump[50:, 0] += 0.04  # 2 rad/s more for one tick: within the velocity limit, but 100 rad/s² there and back
+    assert limit_violations(contract, jump) == 2
+    fast = smooth.copy()
+    fast[:, 1] = 2.6 * t  # beyond 2.5 rad/s on each tick but the first, which has no speed yet; out of bounds as well later
+    assert limit_violations(contract, fast) == 99
+    out = smooth.copy()
+    out[7, 5] = 1.75
+    assert limit_violations(contract, out) >= 1
+    # A missed tick: the same motion with one command left out is judged by the time that passed.
+    assert limit_violations(contract, np.delete(smooth, 40, axis=0), np.delete(t, 40)) == 0
