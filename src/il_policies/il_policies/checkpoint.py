@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from il_policies import durable
 from il_policies.contract import ContractError, from_dict
 from il_policies.policies import Policy, PolicyError, PolicySpec
 from il_policies.policies.bc import BC, BCConfig
@@ -57,13 +58,13 @@ def save(path: str | Path, policy: Policy, extra: dict) -> None:
         for rest in (temporary, replaced):
             shutil.rmtree(rest, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write(temporary / WEIGHTS, weights)
-        _write(temporary / DESCRIPTION, json.dumps(description, indent=1).encode())
-        _sync_folder(temporary)
+        durable.write(temporary / WEIGHTS, weights)
+        durable.write(temporary / DESCRIPTION, json.dumps(description, indent=1).encode())
+        durable.sync(temporary)
         if path.exists():
             os.rename(path, replaced)
         os.rename(temporary, path)
-        _sync_folder(path.parent)
+        durable.sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -111,17 +112,3 @@ def _hash(description: dict) -> str:
     content = {key: value for key, value in description.items() if key != 'hash'}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-
-def _write(file: Path, data: bytes) -> None:
-    with open(file, 'wb') as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

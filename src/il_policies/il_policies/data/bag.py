@@ -24,6 +24,7 @@ from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_
 from rosbags.typesys.base import TypesysError
 from rosbags.typesys.store import Typestore
 
+from il_policies import durable
 from il_policies.data.store import DataError
 
 DISTRO = 'kilted'
@@ -145,14 +146,9 @@ class BagWriter:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        with open(self.part / 'metadata.yaml', 'w') as file:
-            file.write(_dump({'rosbag2_bagfile_information': information}))
-            file.flush()
-            os.fsync(file.fileno())
+        durable.write(self.part / 'metadata.yaml', _dump({'rosbag2_bagfile_information': information}).encode())
         os.rename(self.part, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        durable.sync(self.path.parent)
         return self.path
 
     def discard(self) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from il_policies import durable
 from il_policies.contract import ContractError, from_dict
 
 FORMAT = 1
@@ -136,9 +137,9 @@ def create(path: str | Path, info: DatasetInfo) -> None:
         raise DataError(f'{path}: exists and is no dataset; give a new or empty folder')
     (path / 'episodes').mkdir(parents=True)
     temporary = path / '.dataset.json'
-    _write(temporary, json.dumps(info.to_dict(), indent=1).encode())
+    durable.write(temporary, json.dumps(info.to_dict(), indent=1).encode())
     os.replace(temporary, path / 'dataset.json')
-    _sync_folder(path)
+    durable.sync(path)
 
 
 def write_episode(path: str | Path, index: int, lowdim: dict[str, np.ndarray], action: np.ndarray,
@@ -184,24 +185,24 @@ def write_episode(path: str | Path, index: int, lowdim: dict[str, np.ndarray], a
     temporary.mkdir(parents=True)
     try:
         pq.write_table(pa.table(table), temporary / 'lowdim.parquet')
-        _sync_file(temporary / 'lowdim.parquet')
+        durable.sync(temporary / 'lowdim.parquet')
         for name in info.images:
             folder = temporary / 'images' / name
             folder.mkdir(parents=True)
             count = 0
             for data in images[name]:
-                _write(folder / f'{count:06d}.jpg', data)
+                durable.write(folder / f'{count:06d}.jpg', data)
                 content.update(data)
                 count += 1
             if count != T:
                 raise DataError(f'{where}: {count} images of {name} for {T} rows')
-            _sync_folder(folder)
+            durable.sync(folder)
         meta = {'task': '', 'success': None, 'source': '', **meta, 'index': index, 'length': T}
         content.update(json.dumps([meta['task'], meta['success']]).encode())
         meta['content'] = content.hexdigest()
-        _write(temporary / 'report.json', json.dumps(report, indent=1).encode())
-        _write(temporary / 'episode.json', json.dumps(meta, indent=1).encode())
-        _sync_folder(temporary)
+        durable.write(temporary / 'report.json', json.dumps(report, indent=1).encode())
+        durable.write(temporary / 'episode.json', json.dumps(meta, indent=1).encode())
+        durable.sync(temporary)
         if final.exists():
             replaced = final.with_name(f'.{final.name}.old')
             shutil.rmtree(replaced, ignore_errors=True)
@@ -210,7 +211,7 @@ def write_episode(path: str | Path, index: int, lowdim: dict[str, np.ndarray], a
             shutil.rmtree(replaced)
         else:
             os.rename(temporary, final)
-        _sync_folder(final.parent)
+        durable.sync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -290,22 +291,3 @@ def _read_json(file: Path) -> dict:
     except (OSError, ValueError) as error:
         raise DataError(f'{file}: not readable: {error}') from None
 
-
-def _write(file: Path, data: bytes) -> None:
-    with open(file, 'wb') as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_file(file: Path) -> None:
-    with open(file, 'rb') as stream:
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
