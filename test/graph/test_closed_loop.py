@@ -5,7 +5,6 @@ import numpy as np
 import rclpy
 import torch
 
-from conftest import ROOT
 from il_policies import checkpoint
 from il_policies.contract import load_contract
 from il_policies.policies import PolicySpec
@@ -13,6 +12,7 @@ from il_policies.policies.flow import Flow, FlowConfig
 from il_policies.policies.normalize import Normalizer
 from il_policies.sim.reach_around import TIP_HEIGHT, Scene, inverse_kinematics
 from il_runtime.demo.rollouts import over_dds
+from support import ROOT
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 

@@ -5,8 +5,8 @@ import signal
 import numpy as np
 import pytest
 
-from conftest import ROOT, call, wait_for
 from il_policies.contract import load_contract
+from support import ROOT, call, wait_for
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 

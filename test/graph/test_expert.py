@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from conftest import ROOT
+from support import ROOT
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 

@@ -9,13 +9,13 @@ from geometry_msgs.msg import Point, PointStamped
 from il_msgs.msg import ActionChunk, ControllerStatus
 from sensor_msgs.msg import JointState
 
-from conftest import ROOT, wait_for
 from il_policies import checkpoint
 from il_policies.contract import load_contract
 from il_policies.policies import PolicySpec
 from il_policies.policies.flow import Flow, FlowConfig
 from il_policies.policies.normalize import Normalizer
 from il_runtime.ros import STATUS_QOS, chunk_qos, nanoseconds
+from support import ROOT, wait_for
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 

@@ -13,11 +13,11 @@ from mcap.exceptions import EndOfFile
 from mcap.stream_reader import StreamReader
 from rosbags.highlevel import AnyReader
 
-from conftest import ROOT, call, wait_for
 from il_policies.contract import load_contract
 from il_policies.data.bag import bag_info, read_bag
 from il_policies.data.convert import convert
 from il_policies.data.store import Dataset
+from support import ROOT, call, wait_for
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 SIM_START = 100 * 10**9

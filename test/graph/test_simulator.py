@@ -5,8 +5,8 @@ import time
 import cv2
 import numpy as np
 
-from conftest import ROOT, call, wait_for
 from il_policies.sim.reach_around import JOINTS, TIP_HEIGHT, Scene, inverse_kinematics
+from support import ROOT, call, wait_for
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 SCENE = Scene((0.11, -0.01), (0.278, 0.02))

@@ -108,7 +108,9 @@ def test_as_a_process(dataset, tmp_path):
                             text=True)
     assert result.returncode == 2 and result.stderr.strip().endswith('no dataset here (dataset.json is absent)')
     process = subprocess.Popen([*MODULE, 'train', str(dataset), '--output', output, '--minutes', '0.2', '--threads',
-                                '1', '--down-dims', '16', '32'], stderr=subprocess.PIPE, text=True)
+                                '1', '--down-dims', '16', '32'], stderr=subprocess.PIPE, text=True,
+                               # A shell's background job inherits Ctrl-C ignored.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert '10%' in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1].strip().splitlines()

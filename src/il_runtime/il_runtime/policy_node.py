@@ -57,7 +57,6 @@ class PolicyNode(LifecycleNode):
         self.anchor = cameras[0] if cameras else None
         self.lock = threading.Lock()  # over streams and status, between callbacks and the planning thread
         self.status: ControllerStatus | None = None
-        self.chunks = self.create_publisher(ActionChunk, 'chunks', chunk_qos(spec.horizon * spec.step_period))
         self.create_subscription(ControllerStatus, 'controller/status', self._on_status, STATUS_QOS)
         for name, buffer in self.streams.items():
             self.create_subscription(classes[name], buffer.stream.topic,
@@ -65,6 +64,8 @@ class PolicyNode(LifecycleNode):
                                      qos_profile_sensor_data)
         # The first pass through a network is the slowest; it must not be the first of an episode.
         self.planner.warm_up()
+        # Last, so that who sees a publisher of chunks finds a planner that is ready.
+        self.chunks = self.create_publisher(ActionChunk, 'chunks', chunk_qos(spec.horizon * spec.step_period))
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state) -> TransitionCallbackReturn:

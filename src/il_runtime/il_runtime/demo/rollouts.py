@@ -1,6 +1,7 @@
 """Closed-loop episodes for the demo: over DDS in real time, and in lock-step without ROS."""
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from il_policies.data.decode import decode
 from il_policies.sim.reach_around import EPISODE_S, Scene
 from il_runtime.core.safety import limit_violations
 from il_runtime.ros import STATUS_QOS, chunk_qos, nanoseconds
-from il_runtime.session import Session
+from il_runtime.session import Session, SessionError
 
 
 class Spectator:
@@ -69,6 +70,7 @@ def over_dds(contract: Contract, scenes: list[Scene], save: Path, healthy: Calla
     session = Session(node)
     episodes, shown, violations, faults = [], None, 0, []
     try:
+        _wait_for_planner(node, healthy)
         for i, scene in enumerate(scenes):
             healthy()
             reached, touched, fault = _episode(session, spectator, scene)
@@ -101,6 +103,17 @@ def over_dds(contract: Contract, scenes: list[Scene], save: Path, healthy: Calla
     return {'successes': sum(reached and not touched for _, _, reached, touched in episodes),
             'touched': sum(touched for *_, touched in episodes), 'episodes': len(episodes), 'faults': faults,
             'ticks': last.ticks, 'missed_ticks': last.missed_ticks, 'limit_violations': violations}
+
+
+def _wait_for_planner(node, healthy: Callable[[], None]) -> None:
+    """Until somebody publishes chunks; loading a network takes a while. Raises SessionError after a minute."""
+    deadline = time.monotonic() + 60.0
+    while not node.count_publishers('chunks'):
+        healthy()
+        if time.monotonic() > deadline:
+            raise SessionError('nobody publishes chunks; is a policy node running?')
+        time.sleep(0.1)
+    time.sleep(0.5)  # until the planner and the controller have found each other
 
 
 def _episode(session: Session, spectator: Spectator, scene: Scene) -> tuple[bool, bool, str]:
