@@ -12,7 +12,7 @@ from il_policies.policies.flow import Flow, FlowConfig
 from il_policies.policies.normalize import Normalizer
 from il_policies.sim.reach_around import TIP_HEIGHT, Scene, inverse_kinematics
 from il_runtime.demo.rollouts import over_dds
-from support import ROOT
+from support import ROOT, patient_contract
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 
@@ -34,9 +34,10 @@ def save_fidgeting_policy(path, scene: Scene):
 
 def test_planner_controller_and_simulator_run_an_episode_within_limits(ros, nodes, tmp_path):
     scene = Scene()
-    nodes.start('simulator_node', contract=CONTRACT, nice=0)
-    nodes.start('controller_node', contract=CONTRACT)
-    nodes.start('policy_node', contract=CONTRACT, checkpoint=save_fidgeting_policy(tmp_path / 'policy', scene), stride=4,
+    contract = patient_contract(tmp_path)
+    nodes.start('simulator_node', contract=contract, nice=0)
+    nodes.start('controller_node', contract=contract)
+    nodes.start('policy_node', contract=contract, checkpoint=save_fidgeting_policy(tmp_path / 'policy', scene), stride=4,
                 nice=0)
 
     def healthy():
@@ -50,7 +51,7 @@ def test_planner_controller_and_simulator_run_an_episode_within_limits(ros, node
     assert (result['successes'], result['touched'], result['episodes']) == (0, 0, 2)
     assert result['ticks'] > 500 and result['limit_violations'] == 0
     saved = np.load(tmp_path / 'rollouts.npz')
-    assert len(saved['shown_chunks']) >= 10 and saved['shown_chunks'].shape[1:] == (16, 6)
+    assert len(saved['shown_chunks']) >= 8 and saved['shown_chunks'].shape[1:] == (16, 6)
     moved = np.ptp(saved['shown_commands'], axis=0)
     assert (moved > 1e-3).any() and (moved < 0.3).all(), 'the chunks were followed'
     assert len(saved['lateness']) > 500

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from il_policies.contract import load_contract
-from support import ROOT, call, wait_for
+from support import ROOT, call, patient_contract, wait_for
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 
@@ -73,8 +73,8 @@ class FollowingArm:
 
 
 @pytest.fixture
-def arm(nodes, node):
-    nodes.start('controller_node', contract=CONTRACT)
+def arm(nodes, node, tmp_path):
+    nodes.start('controller_node', contract=patient_contract(tmp_path))
     return FollowingArm(node)
 
 

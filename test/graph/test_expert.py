@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from support import ROOT
+from support import ROOT, patient_contract
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 
@@ -19,7 +19,7 @@ def expert(*parameters: str) -> subprocess.CompletedProcess:
 
 def test_it_has_each_scene_recorded_round_both_sides(nodes, tmp_path):
     nodes.start('simulator_node', contract=CONTRACT, real_time_factor=3.0, publish_clock='true')
-    nodes.start('controller_node', contract=CONTRACT, use_sim_time='true')
+    nodes.start('controller_node', contract=patient_contract(tmp_path), use_sim_time='true')
     nodes.start('recorder_node', contract=CONTRACT, use_sim_time='true', output=tmp_path / 'bags')
     done = expert('use_sim_time:=true', 'demonstrations:=2', 'seed:=5')
     assert done.returncode == 0, done.stderr
