@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -148,3 +149,27 @@ def test_a_contract_that_cannot_be_used_is_one_clear_line(nodes):
     assert process.wait(20) == 2
     assert 'nowhere/so102.yaml: no such file' in nodes.log('controller_node')
     assert 'Traceback' not in nodes.log('controller_node')
+
+
+def test_a_refused_arming_does_not_come_true_later(nodes, node, tmp_path):
+    from il_msgs.msg import ControllerStatus
+    from il_msgs.srv import Arm
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState
+    nodes.start('controller_node', contract=patient_contract(tmp_path), autostart='false')
+    arm = FollowingArm(node)
+
+    def change(transition: int):
+        request = ChangeState.Request(transition=Transition(id=transition))
+        assert call(node, ChangeState, 'controller/change_state', request).success
+
+    change(Transition.TRANSITION_CONFIGURE)
+    answer = call(node, Arm, 'controller/arm')
+    assert not answer.success and 'activate the node' in answer.message
+    change(Transition.TRANSITION_ACTIVATE)
+    time.sleep(0.5)
+    assert arm.mode == ControllerStatus.INACTIVE and not arm.commands
+    arm.arm()
+    change(Transition.TRANSITION_DEACTIVATE)
+    wait_for(lambda: arm.mode == ControllerStatus.INACTIVE, what='INACTIVE after deactivation')
+    assert not call(node, Arm, 'controller/arm').success

@@ -69,6 +69,7 @@ class ControllerNode(LifecycleNode):
         self.rejected = self.ticks = self.missed = 0
         self.lateness: deque = deque(maxlen=10_000)
         self.announced = None
+        self.running = False
         self.offset = 0
 
         self.commands = self.create_publisher(JointState, self.contract.action.topic, QoSProfile(depth=100))
@@ -87,6 +88,7 @@ class ControllerNode(LifecycleNode):
 
     def on_activate(self, state) -> TransitionCallbackReturn:
         """Start the loop; the arm stays INACTIVE until armed."""
+        self.inbox.clear()
         self.running = True
         self.thread = Worker(self._loop, 'control')
         self.thread.start()
@@ -99,7 +101,7 @@ class ControllerNode(LifecycleNode):
 
     def finish(self, spin_once) -> None:
         """Bring the arm to rest within its limits, then end the loop."""
-        if not getattr(self, 'running', False):
+        if not getattr(self, 'running', False):  # perhaps never configured
             return
         self._post(lambda now: self.controller.disarm('shutting down'))
         deadline = time.monotonic() + 5.0
@@ -157,11 +159,23 @@ class ControllerNode(LifecycleNode):
         return response
 
     def _ask(self, action):
-        """Have the loop do it before its next tick; its answer, or None if the loop does not run."""
+        """Have the loop do it before its next tick; its answer, or None if the loop does not run.
+
+        What was answered with None is never done: a refused arming must not come true when the loop starts.
+        """
+        if not self.running:
+            return None
         answer = []
-        done = threading.Event()
-        self._post(lambda now: (answer.append(action(now)), done.set()))
-        done.wait(timeout=1.0)
+        taken, done = threading.Lock(), threading.Event()  # whoever takes the lock, loop or time-out, decides
+
+        def act(now: float) -> None:
+            if taken.acquire(blocking=False):
+                answer.append(action(now))
+                done.set()
+
+        self._post(act)
+        if not done.wait(timeout=1.0) and not taken.acquire(blocking=False):
+            done.wait()
         return answer[0] if answer else None
 
     def _post(self, action) -> None:

@@ -48,9 +48,9 @@ def chunk_qos(length: float | None = None) -> QoSProfile:
     return qos
 
 
-def declare(node, name: str, default, description: str, low=None, high=None, read_only: bool = True):
-    """Declare a parameter that explains itself, and return its value; low and high bound numbers, both included."""
-    descriptor = ParameterDescriptor(description=description, read_only=read_only)
+def declare(node, name: str, default, description: str, low=None, high=None):
+    """Declare a read-only parameter that explains itself, and return its value; low and high bound numbers, both included."""
+    descriptor = ParameterDescriptor(description=description, read_only=True)
     if isinstance(default, bool) or low is None:
         pass
     elif isinstance(default, int):

@@ -281,11 +281,6 @@ class ReachAround:
         return self.data.qvel[self._qvel]
 
     @property
-    def commanded(self) -> np.ndarray:
-        """The servos' targets [rad]. Shape (6,)."""
-        return self.data.ctrl[self._ctrl]
-
-    @property
     def tip(self) -> np.ndarray:
         """Position of the tip [m]. Shape (3,)."""
         return self.data.xpos[self._tip].copy()
