@@ -164,8 +164,11 @@ def test_a_refused_arming_does_not_come_true_later(nodes, node, tmp_path):
         assert call(node, ChangeState, 'controller/change_state', request).success
 
     change(Transition.TRANSITION_CONFIGURE)
+    wait_for(lambda: arm.statuses, what='controller status')
+    asked = time.monotonic()
     answer = call(node, Arm, 'controller/arm')
     assert not answer.success and 'activate the node' in answer.message
+    assert time.monotonic() - asked < 0.8, 'refused at once, not left to a loop that may start later'
     change(Transition.TRANSITION_ACTIVATE)
     time.sleep(0.5)
     assert arm.mode == ControllerStatus.INACTIVE and not arm.commands

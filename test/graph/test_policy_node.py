@@ -83,6 +83,17 @@ def test_chunks_carry_time_names_epoch_and_rise(robot, nodes, tmp_path):
     assert all(list(c.joint_names) == robot.names and c.policy == checkpoint.load(path).hash for c in chunks)
     assert all(0 < nanoseconds(c.inference_time) < 10**9 for c in chunks)
 
+    # The controller stops and holds again within the epoch: planning pauses, the sequence goes on.
+    robot.follow(8, ControllerStatus.STOPPING)
+    time.sleep(0.5)
+    count = len(robot.chunks)
+    time.sleep(0.5)
+    assert len(robot.chunks) == count
+    robot.follow(8)
+    wait_for(lambda: len(robot.chunks) > count, what='planning again')
+    sequences = [c.sequence for c in robot.chunks]
+    assert sequences == list(range(len(sequences)))
+
     robot.follow(9)
     new = wait_for(lambda: [c for c in robot.chunks if c.epoch == 9], what='a chunk of the new epoch')
     assert new[0].sequence == 0

@@ -75,6 +75,17 @@ def test_follows_a_chunk_then_stops_within_its_horizon(arm):
     assert np.abs(np.diff(velocity, axis=0) / PERIOD).max() <= 15 * (1 + 1e-6)
 
 
+def test_a_planner_that_counts_anew_is_followed_after_the_stop(arm):
+    arm.arm()
+    arm.controller.add_chunk(arm.chunk(np.linspace(0, 0.5, 8), sequence=0), arm.t)
+    arm.run(2.0)
+    assert arm.controller.mode == Mode.HOLD and arm.controller.reason == 'no fresh chunk'
+    here = arm.measured[0]
+    arm.controller.add_chunk(arm.chunk(np.linspace(here, here + 0.3, 8), sequence=0), arm.t)
+    arm.run(0.3)
+    assert arm.controller.mode == Mode.POLICY and arm.measured[0] > here + 0.05
+
+
 def test_first_command_far_from_the_pose_is_refused(arm):
     arm.arm()
     arm.controller.add_chunk(arm.chunk([0.4] * 16), arm.t)

@@ -105,17 +105,19 @@ class PolicyNode(LifecycleNode):
 
     # --- planning -----------------------------------------------------------------------------------------------------
     def _plan(self) -> None:
-        epoch, sequence, due, began = None, 0, 0, None
+        epoch, following, sequence, due, began = None, False, 0, 0, None
         while self.running:
             with self.lock:
                 status = self.status
             now = self.get_clock().now().nanoseconds
-            if status is None or status.mode not in FOLLOWING:
-                epoch = None
-            elif status.epoch != epoch:
-                epoch, sequence, due, began = status.epoch, 0, now, None
+            was_following, following = following, status is not None and status.mode in FOLLOWING
+            if following and (status.epoch != epoch or not was_following):
+                # After a stop the arm is elsewhere than the last chunk would have it. Within an epoch the sequence goes on:
+                # the controller takes one that it has seen for a double.
+                sequence = sequence if status.epoch == epoch else 0
+                epoch, due, began = status.epoch, now, None
                 self.planner.reset()
-            if epoch is None or now < due:
+            if not following or now < due:
                 time.sleep(0.002)
                 continue
             with self.lock:

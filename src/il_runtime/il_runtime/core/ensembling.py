@@ -126,8 +126,9 @@ class Ensembler:
         self._seen.clear()
 
     def clear(self) -> None:
-        """Drop all chunks but keep the epoch: chunks that were there do not come back."""
+        """Drop all chunks but keep the epoch. Their sequences may be used again: a planner that restarted counts anew."""
         self._members.clear()
+        self._seen.clear()
 
     def add(self, chunk: Chunk, now: float) -> None:
         """Take a chunk received at ``now`` [s]; a doubled one changes nothing. Raises ChunkError for another epoch."""
