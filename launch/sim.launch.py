@@ -20,7 +20,11 @@ ARGUMENTS = {
                  'path of a contract, if it is not one of config/robots'),
     'checkpoint': ('', 'folder written by il train; with it a policy node is started'),
     'stride': ('8', 'policy steps between plans'),
+    'speed_scale': ('100.0', 'slows everything down [%]'),
+    'teleop': ('', 'leader or gamepad; with it a teleop node is started (the keyboard needs a terminal of its own: '
+                   'ros2 run il_runtime teleop_node)'),
     'bags': ('', 'folder for recordings; with it a recorder node is started'),
+    'flight': ('', 'folder for flight recordings; with it a flight recorder node is started'),
     'real_time_factor': ('1.0', 'speed of the simulation; other than 1 needs use_sim_time:=true'),
     'use_sim_time': ('false', 'run everything on the simulator\'s /clock'),
     'camera': ('true', 'render and publish the camera'),
@@ -46,7 +50,7 @@ def generate_launch_description() -> LaunchDescription:
         GroupAction([
             PushRosNamespace(value['namespace']),
             SetParameter('use_sim_time', ParameterValue(value['use_sim_time'], value_type=bool)),
-            node('controller_node'),
+            node('controller_node', parameters=[typed('speed_scale', float)]),
             node('simulator_node', parameters=[
                 typed('real_time_factor', float), typed('camera', bool),
                 {'publish_clock': ParameterValue(value['use_sim_time'], value_type=bool)}]),
@@ -54,5 +58,9 @@ def generate_launch_description() -> LaunchDescription:
                  parameters=[{'checkpoint': ParameterValue(value['checkpoint'], value_type=str)}, typed('stride', int)]),
             node('recorder_node', condition=given('bags'),
                  parameters=[{'output': ParameterValue(value['bags'], value_type=str)}]),
+            node('flight_recorder_node', condition=given('flight'),
+                 parameters=[{'output': ParameterValue(value['flight'], value_type=str)}]),
+            node('teleop_node', condition=given('teleop'),
+                 parameters=[{'source': ParameterValue(value['teleop'], value_type=str)}]),
         ]),
     ])

@@ -23,12 +23,18 @@ class Nodes:
         self.folder = folder
         self.processes: dict[str, subprocess.Popen] = {}
 
-    def start(self, name: str, **parameters) -> subprocess.Popen:
-        """Start il_runtime's node `name`; parameters as -p key:=value."""
+    def start(self, name: str, namespace: str = '', **parameters) -> subprocess.Popen:
+        """Start il_runtime's node `name`; parameters as -p key:=value. In a namespace it is known as namespace/name."""
         arguments = [part for key, value in parameters.items() for part in ('-p', f'{key}:={value}')]
-        with open(self.folder / f'{name}.log', 'a') as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, '-m', f'il_runtime.{name}', '--ros-args', *arguments], stdout=log, stderr=log)
+        if namespace:
+            arguments += ['-r', f'__ns:=/{namespace}']
+            return self.run(f'{namespace}/{name}', '-m', f'il_runtime.{name}', '--ros-args', *arguments)
+        return self.run(name, '-m', f'il_runtime.{name}', '--ros-args', *arguments)
+
+    def run(self, name: str, *arguments) -> subprocess.Popen:
+        """Start Python with arguments, known as `name`."""
+        with open(self.folder / f'{name.replace("/", "_")}.log', 'a') as log:
+            self.processes[name] = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=log, stderr=log)
         return self.processes[name]
 
     def log(self, name: str) -> str:
@@ -47,9 +53,16 @@ def nodes(tmp_path):
     """Nodes that do not outlive the test."""
     nodes = Nodes(tmp_path)
     yield nodes
+    # Not killed: a dead controller stays in the graph for a while, and the next test's would not arm beside it.
     for process in nodes.processes.values():
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+    for process in nodes.processes.values():
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
     for log in sorted(tmp_path.glob('*.log')):
         print(f'--- {log.name}\n{log.read_text()}')
 

@@ -6,86 +6,13 @@ import time
 import numpy as np
 import pytest
 
-from il_policies.contract import load_contract
-from support import ROOT, call, patient_contract, wait_for
-
-CONTRACT = ROOT / 'config/robots/so101.yaml'
-
-
-class FollowingArm:
-    """An arm that is where it was told to be: real joint states at 100 Hz from the last command received."""
-
-    def __init__(self, node):
-        from il_msgs.msg import ActionChunk, ControllerStatus
-        from sensor_msgs.msg import JointState
-        from std_msgs.msg import Float64MultiArray
-
-        from il_runtime.ros import STATUS_QOS, chunk_qos
-        self.node, self.contract = node, load_contract(CONTRACT)
-        self.names = list(self.contract.action.joints)
-        self.position, self.silent = np.zeros(6), False
-        self.commands, self.statuses = [], []
-        self.states = node.create_publisher(JointState, 'joint_states', 10)
-        self.chunks = node.create_publisher(ActionChunk, 'chunks', chunk_qos(2.0))
-        node.create_subscription(JointState, 'command', lambda m: self.commands.append(m), 100)
-        node.create_subscription(Float64MultiArray, 'forward_position_controller/commands', self._obey, 10)
-        node.create_subscription(ControllerStatus, 'controller/status', lambda m: self.statuses.append(m), STATUS_QOS)
-        node.create_timer(0.01, self._report)
-
-    def _obey(self, message):
-        self.position = np.array(message.data)
-
-    def _report(self):
-        from sensor_msgs.msg import JointState
-        if not self.silent:
-            message = JointState(name=self.names, position=self.position)
-            message.header.stamp = self.node.get_clock().now().to_msg()
-            self.states.publish(message)
-
-    @property
-    def mode(self):
-        return self.statuses[-1].mode if self.statuses else None
-
-    def arm(self) -> int:
-        from il_msgs.srv import Arm
-        wait_for(lambda: self.statuses, what='controller status')
-        answer = wait_for(lambda: (a := call(self.node, Arm, 'controller/arm')).success and a, what='arming')
-        wait_for(lambda: self.statuses[-1].epoch == answer.epoch, what='the new epoch')
-        return answer.epoch
-
-    def send(self, epoch, values, sequence=0, names=None, offset=0.0):
-        """A chunk that moves shoulder_pan through `values`, 0.1 s apart, from now."""
-        from il_msgs.msg import ActionChunk
-
-        from il_runtime.ros import to_stamp
-        now = self.node.get_clock().now().nanoseconds + round(offset * 1e9)
-        names = names or self.names
-        positions = np.zeros((len(values), len(names)), dtype=np.float32)
-        positions[:, names.index('shoulder_pan')] = values
-        message = ActionChunk(step_period=0.1, joint_names=names, horizon=len(values), positions=positions.ravel(),
-                              epoch=epoch, sequence=sequence, policy='test')
-        message.header.stamp = message.start = to_stamp(now)
-        self.chunks.publish(message)
-
-    def motion(self):
-        """Stamps [s] and positions of the commands so far."""
-        stamps = np.array([m.header.stamp.sec + m.header.stamp.nanosec * 1e-9 for m in self.commands])
-        return stamps, np.array([m.position for m in self.commands])
+from support import FollowingArm, call, patient_contract, wait_for
 
 
 @pytest.fixture
 def arm(nodes, node, tmp_path):
     nodes.start('controller_node', contract=patient_contract(tmp_path))
     return FollowingArm(node)
-
-
-def assert_within_limits(arm):
-    stamps, positions = arm.motion()
-    dt = np.diff(stamps)[:, None]
-    velocity = np.diff(positions, axis=0) / dt
-    acceleration = np.diff(velocity, axis=0) / ((dt[1:] + dt[:-1]) / 2)
-    assert np.abs(velocity).max() <= 2.5 * 1.001
-    assert np.abs(acceleration).max() <= 15 * 1.01
 
 
 def test_nothing_before_arming_then_follows_then_rests(arm):
@@ -102,7 +29,7 @@ def test_nothing_before_arming_then_follows_then_rests(arm):
     stamps, positions = arm.motion()
     assert positions[:, 0].max() > 1.0 and np.abs(positions[:, 1:]).max() == 0
     assert np.median(np.diff(stamps)) == pytest.approx(0.02, abs=1e-5)
-    assert_within_limits(arm)
+    arm.assert_within_limits()
 
 
 def test_bad_chunks_move_nothing_and_are_counted(arm):
@@ -130,7 +57,7 @@ def test_told_to_end_in_motion_it_stops_within_limits_and_exits_0(arm, nodes, nu
     _, positions = arm.motion()
     assert positions[-1, 0] < 1.5, 'stopped, not run to the end'
     assert abs(positions[-1, 0] - positions[-2, 0]) <= 15 * 0.02 * 0.02 * 1.01
-    assert_within_limits(arm)
+    arm.assert_within_limits()
 
 
 def test_joint_states_fall_silent(arm):
@@ -141,7 +68,7 @@ def test_joint_states_fall_silent(arm):
     arm.silent = True
     wait_for(lambda: arm.mode == ControllerStatus.FAULT, timeout=2, what='FAULT')
     assert 'joint states older' in arm.statuses[-1].reason
-    assert_within_limits(arm)
+    arm.assert_within_limits()
 
 
 def test_a_contract_that_cannot_be_used_is_one_clear_line(nodes):
@@ -176,3 +103,142 @@ def test_a_refused_arming_does_not_come_true_later(nodes, node, tmp_path):
     change(Transition.TRANSITION_DEACTIVATE)
     wait_for(lambda: arm.mode == ControllerStatus.INACTIVE, what='INACTIVE after deactivation')
     assert not call(node, Arm, 'controller/arm').success
+
+
+# --- outputs -------------------------------------------------------------------------------------------------------------
+def test_every_output_type_gets_the_same_command(nodes, node, tmp_path):
+    arm_joints = ['shoulder_pan', 'shoulder_lift', 'elbow_flex']
+    contract = patient_contract(tmp_path, outputs=[
+        {'topic': 'arm_controller/joint_trajectory', 'type': 'trajectory_msgs/msg/JointTrajectory', 'joints': arm_joints},
+        {'topic': 'wrist', 'type': 'sensor_msgs/msg/JointState', 'joints': ['wrist_roll', 'wrist_flex']},
+        {'topic': 'gripper_controller/commands', 'type': 'std_msgs/msg/Float64MultiArray', 'joints': ['gripper']}])
+    nodes.start('controller_node', contract=contract)
+    arm = FollowingArm(node, contract)
+    epoch = arm.arm()
+    for sequence, joint in enumerate(('shoulder_pan', 'wrist_flex', 'gripper')):
+        arm.send(epoch, arm.position[arm.names.index(joint)] + np.linspace(0, 0.4, 9), sequence=sequence, joint=joint)
+        time.sleep(0.4)
+    wait_for(lambda: len(arm.raw) > 150)
+    by_type = {}
+    for _, message in arm.raw:
+        by_type.setdefault(type(message).__name__, []).append(message)
+    commands = {tuple(m.position) for m in arm.commands}
+    for trajectory in by_type['JointTrajectory']:
+        assert list(trajectory.joint_names) == arm_joints
+        assert not any(trajectory.points[-1].velocities), 'a controller that dies leaves an arm that comes to rest'
+        times = [p.time_from_start.sec * 10**9 + p.time_from_start.nanosec for p in trajectory.points]
+        assert times[0] == 20_000_000 and all(b - a >= 500_000 for a, b in zip(times, times[1:]))
+    assert max(len(t.points) for t in by_type['JointTrajectory']) > 2
+    assert {tuple(t.points[0].positions) for t in by_type['JointTrajectory']} <= {c[:3] for c in commands}
+    assert all(list(m.name) == ['wrist_roll', 'wrist_flex'] for m in by_type['JointState'])
+    assert {tuple(m.position) for m in by_type['JointState']} <= {(c[4], c[3]) for c in commands}
+    assert {m.data[0] for m in by_type['Float64MultiArray']} <= {c[5] for c in commands}
+    assert max(c[0] for c in commands) > 0.1 and max(c[3] for c in commands) > 0.1 and max(c[5] for c in commands) > 0.1
+
+
+def test_two_arms_in_two_namespaces_and_fourteen_joints(nodes, node, tmp_path, show):
+    contract = patient_contract(tmp_path, arms=2)
+    arms = {}
+    for side in ('left', 'right'):
+        nodes.start('controller_node', namespace=side, contract=contract)
+        arms[side] = FollowingArm(node, contract, f'{side}/')
+    epochs = {side: arm.arm() for side, arm in arms.items()}
+    before = {side: arm.statuses[-1].ticks for side, arm in arms.items()}
+    began = time.monotonic()
+    for sequence in range(10):
+        for side, column, joint, way in (('left', 3, 'left_wrist_flex', 0.8), ('right', 13, 'right_wrist_yaw', -0.8)):
+            arms[side].send(epochs[side], arms[side].position[column] + np.linspace(0, way, 16), sequence, joint=joint)
+        time.sleep(0.2)
+    wait_for(lambda: all(arm.statuses[-1].live_chunks > 1 for arm in arms.values()))
+    rates = [(arm.statuses[-1].ticks - before[side]) / (time.monotonic() - began) for side, arm in arms.items()]
+    assert arms['left'].position[3] > 0.3 and not np.delete(arms['left'].position, 3).any()
+    assert arms['right'].position[13] < -0.3 and not np.delete(arms['right'].position, 13).any()
+    for arm in arms.values():
+        arm.assert_within_limits()
+    assert all(45 < rate < 55 for rate in rates)
+    show('two arms in two namespaces, 14 joints each', 'both at 50 Hz, each moves its own',
+         f'{rates[0]:.1f} and {rates[1]:.1f} Hz')
+
+
+# --- services and parameters ---------------------------------------------------------------------------------------------
+def set_parameter(arm, name, value):
+    from rcl_interfaces.srv import SetParameters
+    from rclpy.parameter import Parameter
+    request = SetParameters.Request(parameters=[Parameter(name, value=value).to_parameter_msg()])
+    return call(arm.node, SetParameters, 'controller/set_parameters', request).results[0]
+
+
+def test_modes_weights_and_speed_change_in_motion_the_rest_does_not(arm, nodes, tmp_path):
+    from il_msgs.msg import ControllerStatus
+    assert set_parameter(arm, 'blend_time', 0.1).successful
+    epoch = arm.arm()
+    arm.send(epoch, np.linspace(0, 1.5, 31))
+    wait_for(lambda: arm.mode == ControllerStatus.POLICY)
+    assert set_parameter(arm, 'ensembling', 'latest').successful and set_parameter(arm, 'm', 0.1).successful
+    wait_for(lambda: arm.statuses[-1].ensembling == 'latest')
+    assert set_parameter(arm, 'speed_scale', 20.0).successful
+    wait_for(lambda: abs(arm.statuses[-1].speed_scale - 20) < 1e-6)
+    for name, value, reason in (('ensembling', 'newest', "ensembling is 'newest', valid: newest_first"),
+                                ('speed_scale', 101.0, 'range'), ('blend_time', 0.3, 'read-only while armed; stop first'),
+                                ('contract', 'other.yaml', 'read-only')):
+        result = set_parameter(arm, name, value)
+        assert not result.successful and reason in result.reason, result.reason
+    assert arm.mode == ControllerStatus.POLICY
+    arm.assert_within_limits()
+
+
+def test_hold_stop_and_fault_by_service(arm, node):
+    from il_msgs.msg import ControllerStatus
+    epoch = arm.arm()
+    assert not arm.ask('reset_fault').success
+    arm.send(epoch, np.linspace(0, 1.5, 16))
+    wait_for(lambda: arm.position[0] > 0.3)
+    assert arm.ask('hold').success
+    wait_for(lambda: arm.mode == ControllerStatus.HOLD and not arm.statuses[-1].follows_chunks, what='HOLD')
+    held = arm.position[0]
+    arm.send(epoch, held + np.linspace(0, 1, 16), sequence=1)
+    time.sleep(0.3)
+    assert arm.position[0] == held
+    epoch = arm.arm()
+    arm.send(epoch, held + np.linspace(0, 1, 16))
+    wait_for(lambda: arm.position[0] > held + 0.1)
+    assert arm.ask('stop').success
+    wait_for(lambda: arm.mode == ControllerStatus.INACTIVE, what='INACTIVE')
+    arm.assert_within_limits()
+
+
+def test_a_human_takes_over_and_hands_back(arm):
+    from il_msgs.msg import ControllerStatus
+    epoch = arm.arm()
+    arm.send(epoch, np.linspace(0, 1.5, 16))
+    wait_for(lambda: arm.position[0] > 0.3)
+    target = arm.position.copy()
+    for _ in range(50):
+        target[0] += 0.002
+        arm.guide(target)
+        time.sleep(0.02)
+    assert arm.mode == ControllerStatus.TELEOP and arm.statuses[-1].reason == 'a human took over'
+    np.testing.assert_allclose(arm.position, target, atol=0.02)
+    arm.guide(None)
+    wait_for(lambda: arm.mode == ControllerStatus.HOLD and arm.statuses[-1].epoch > epoch, what='hand-back')
+    arm.send(arm.statuses[-1].epoch, arm.position[0] + np.linspace(0, 0.5, 16))
+    wait_for(lambda: arm.mode == ControllerStatus.POLICY, what='the policy goes on')
+    modes = [status.mode for status in arm.statuses]
+    assert ControllerStatus.TELEOP in modes, 'the status says who was in charge'
+    arm.assert_within_limits()
+
+
+def test_diagnostics_say_what_is_wrong(arm):
+    from diagnostic_msgs.msg import DiagnosticStatus
+
+    def last():
+        return arm.diagnostics[-1].status[0] if arm.diagnostics else None
+
+    arm.arm()
+    status = wait_for(lambda: last() and last().level == DiagnosticStatus.OK and 'HOLD' in last().message and last())
+    assert status.name == '/controller: control loop' and status.hardware_id == 'so101'
+    arm.silent = True
+    status = wait_for(lambda: last().level == DiagnosticStatus.ERROR and last(), what='ERROR')
+    assert 'FAULT: joint states older than 0.500 s' in status.message
+    values = {pair.key: pair.value for pair in status.values}
+    assert values['mode'] == 'FAULT' and {'lateness p99 [ms]', 'missed ticks', 'rejected chunks', 'scheduler'} <= set(values)

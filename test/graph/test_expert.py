@@ -47,8 +47,8 @@ def test_a_session_names_who_does_not_answer(ros):
     node = ros.create_node('lonely')
     session = Session(node)
     session.silence_s = 0.5
-    with pytest.raises(SessionError, match='controller/disarm: nobody offers this service'):
-        session.disarm()
+    with pytest.raises(SessionError, match='controller/stop: nobody offers this service'):
+        session.stop()
     with pytest.raises(SessionError, match='controller/status is silent for 0.5 s; publishers: 0'):
         session.wait_status(lambda controller, task: True, timeout=1.0)
     session.close()

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import signal
 import struct
-import threading
 import time
 
-import cv2
 import numpy as np
 import pytest
 import yaml
@@ -17,83 +15,16 @@ from il_policies.contract import load_contract
 from il_policies.data.bag import bag_info, read_bag
 from il_policies.data.convert import convert
 from il_policies.data.store import Dataset
+from robot import SIM_START, Robot, stamp_of
 from support import ROOT, call, wait_for
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
-SIM_START = 100 * 10**9
-
-
-class Robot:
-    """Publishes what the contract of the SO-101 names from a thread, at the declared rates, and keeps what it sent.
-
-    speed: None for real time, else simulated time runs that much faster than the wall clock.
-    """
-
-    def __init__(self, node, speed: float | None = None):
-        from geometry_msgs.msg import PointStamped
-        from il_msgs.msg import TaskStatus
-        from rclpy.qos import qos_profile_sensor_data
-        from rosgraph_msgs.msg import Clock
-        from sensor_msgs.msg import CompressedImage, JointState
-
-        self.node, self.speed = node, speed
-        self.joints = list(load_contract(CONTRACT).action.joints)
-        self.publishers = {
-            '/joint_states': (
-                JointState,
-                node.create_publisher(JointState, 'joint_states', qos_profile_sensor_data),
-                2,
-            ),
-            '/command': (JointState, node.create_publisher(JointState, 'command', 100), 4),
-            '/camera/image/compressed': (
-                CompressedImage,
-                node.create_publisher(CompressedImage, 'camera/image/compressed', qos_profile_sensor_data),
-                20,
-            ),
-            '/goal': (PointStamped, node.create_publisher(PointStamped, 'goal', 10), 20),
-            '/task_status': (TaskStatus, node.create_publisher(TaskStatus, 'task_status', 10), 20),
-        }
-        self.clock_message, self.clock = Clock, node.create_publisher(Clock, '/clock', 10)
-        self.jpeg = cv2.imencode('.jpg', np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8))[1].tobytes()
-        self.silent: set[str] = set()
-        self.sent: dict[str, list[int]] = {topic: [] for topic in self.publishers}  # header stamps [ns]
-        self.running = True
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self):
-        from il_runtime.ros import to_stamp
-
-        begin, k = time.monotonic(), 0
-        while self.running:
-            if self.speed:
-                stamp = SIM_START + k * 5_000_000
-                self.clock.publish(self.clock_message(clock=to_stamp(stamp)))
-            else:
-                stamp = self.node.get_clock().now().nanoseconds
-            for topic, (kind, publisher, every) in self.publishers.items():
-                if k % every or topic in self.silent:
-                    continue
-                message = kind()
-                message.header.stamp = to_stamp(stamp)
-                if hasattr(message, 'position'):
-                    message.name, message.position = self.joints, [k * 1e-3] * 6
-                elif hasattr(message, 'format'):
-                    message.format, message.data = 'jpeg', self.jpeg
-                publisher.publish(message)
-                self.sent[topic].append(stamp)
-            k += 1
-            time.sleep(max(begin + k * 0.005 / (self.speed or 1.0) - time.monotonic(), 0.0))
-
-    def stop(self):
-        self.running = False
-        self.thread.join()
 
 
 @pytest.fixture
 def robot(node):
     robots = []
-    yield lambda speed=None: robots.append(Robot(node, speed)) or robots[-1]
+    yield lambda speed=None: robots.append(Robot(node, CONTRACT, speed)) or robots[-1]
     for robot in robots:
         robot.stop()
 
@@ -133,20 +64,12 @@ def test_records_what_was_sent_and_converts(nodes, node, robot, tmp_path):
     messages = list(read_bag(path))
     for topic, sent in robot.sent.items():
         # sorted: a reliable message that was sent again arrives after its successors
-        stamps = sorted(
-            m.header.stamp.sec * 10**9 + m.header.stamp.nanosec for name, _, _, _, m in messages if name == topic
-        )
+        stamps = sorted(stamp_of(m) for name, _, _, _, m in messages if name == topic)
         assert len(stamps) > 20
         assert stamps == [s for s in sent if stamps[0] <= s <= stamps[-1]], f'{topic}: nothing lost, nothing twice'
     # source before receipt, both on the clock of the stamps
-    delays = (
-        np.array(
-            [
-                (published - (m.header.stamp.sec * 10**9 + m.header.stamp.nanosec), received - published)
-                for _, _, received, published, m in messages
-            ]
-        )
-        * 1e-9
+    delays = 1e-9 * np.array(
+        [(published - stamp_of(m), received - published) for _, _, received, published, m in messages]
     )
     assert delays.min() > -1e-3 and np.median(delays) < 0.01 and delays.max() < 0.5
     information = bag_info(path)
@@ -176,12 +99,9 @@ def test_simulated_time_four_times_as_fast(nodes, node, robot, tmp_path):
     nodes.start('recorder_node', contract=CONTRACT, output=tmp_path / 'bags', use_sim_time=True)
     path, wall = record(node, 1.5)
     for _, _, received, published, message in read_bag(path):
-        age = received - (message.header.stamp.sec * 10**9 + message.header.stamp.nanosec)
+        age = received - stamp_of(message)
         assert published == received and received > SIM_START and abs(age) < 2e9, 'one clock, the simulated one'
-    stamps = {
-        topic: sorted(m.header.stamp.sec * 10**9 + m.header.stamp.nanosec for _, _, _, _, m in read_bag(path, [topic]))
-        for topic in robot.sent
-    }
+    stamps = {topic: sorted(stamp_of(m) for _, _, _, _, m in read_bag(path, [topic])) for topic in robot.sent}
     for topic, kept in stamps.items():
         assert kept == [s for s in robot.sent[topic] if kept[0] <= s <= kept[-1]], f'{topic}: nothing lost'
     span = (stamps['/joint_states'][-1] - stamps['/joint_states'][0]) / 1e9
@@ -190,14 +110,15 @@ def test_simulated_time_four_times_as_fast(nodes, node, robot, tmp_path):
 
 def test_refusals(nodes, node, robot, tmp_path):
     robot = robot()
-    robot.silent = {'/goal'}
+    not_required = {'/teleop', '/forward_position_controller/commands', '/chunks', '/task_status', '/controller/status'}
+    robot.silent = {'/goal', *not_required}
     nodes.start('recorder_node', contract=CONTRACT, output=tmp_path / 'bags')
     answer = wait_for(
         lambda: (a := start(node)).message.startswith('silent: /goal (') and a, what='only the goal to be silent'
     )
     assert 'never seen, 1 publishers' in answer.message and not answer.success
     assert not stop(node).success
-    robot.silent = set()
+    robot.silent = not_required
     started(node, 'first')
     assert start(node, 'second').message == 'first is being recorded; stop it first'
     assert stop(node).success

@@ -73,10 +73,9 @@ def contract(
             'action': {
                 'joints': ('b', 'a'),
                 'topic': 'command',
-                'output_topic': 'out',
+                'outputs': [{'topic': 'out', 'type': 'std_msgs/msg/Float64MultiArray'}],
                 'label': label,
                 'max_age': 0.1,
-                'output_type': 'std_msgs/msg/Float64MultiArray',
             },
         },
         'test',

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from il_policies.contract import load_contract
-from il_runtime.core.controller import Controller
+from il_runtime.core.controller import Controller, Settings
 from il_runtime.core.ensembling import Chunk, ChunkError, Ensembler
-from il_runtime.core.mode import TRANSITIONS, Mode
+from il_runtime.core.mode import Mode
 
 PERIOD = 0.02
 
@@ -14,24 +16,44 @@ PERIOD = 0.02
 class Arm:
     """A controller with an arm that follows perfectly, and the commands it sent."""
 
-    def __init__(self, root):
+    def __init__(self, root, **settings):
         self.contract = load_contract(root / 'config/robots/so101.yaml')
-        self.controller = Controller(self.contract, Ensembler([j.tracking_tolerance for j in self.contract.action_joints]))
+        ensembler = Ensembler([j.tracking_tolerance for j in self.contract.action_joints])
+        self.controller = Controller(self.contract, ensembler, settings=Settings(**settings))
         self.t, self.measured, self.sent = 0.0, np.zeros(6), []
 
-    def run(self, seconds, joint_states=True):
+    def run(self, seconds, joint_states=True, human=None):
+        """human: a teleop command, or a function of time that gives one, sent before every tick."""
         for _ in range(round(seconds / PERIOD)):
             self.t += PERIOD
             if joint_states:
-                self.controller.joint_state(self.t, self.measured)
+                self.controller.joint_state(self.t, self.measured, self.t)
+            if human is not None:
+                self.controller.teleop(self.t, human(self.t) if callable(human) else human, self.t)
             command = self.controller.tick(self.t)
             if command is not None:
                 self.sent.append((self.t, command.copy()))
                 self.measured = command.copy()
 
-    def arm(self):
+    def arm(self, approach=False):
         self.run(0.1)
-        return self.controller.arm(self.t)
+        return self.controller.arm(self.t, approach)
+
+    def follow(self, values=None, seconds=0.4):
+        """Arm and follow a chunk for a while."""
+        self.arm()
+        self.controller.add_chunk(self.chunk(np.linspace(0, 1.5, 16) if values is None else values), self.t)
+        self.run(seconds)
+        assert self.mode == Mode.POLICY
+
+    @property
+    def mode(self):
+        return self.controller.mode
+
+    def assert_within_limits(self):
+        velocity = np.diff([command for _, command in self.sent], axis=0) / PERIOD
+        assert np.abs(velocity).max() <= 2.5 * (1 + 1e-9)
+        assert np.abs(np.diff(velocity, axis=0) / PERIOD).max() <= 15 * (1 + 1e-6)
 
     def chunk(self, values, sequence=0, epoch=None, start=None):
         start = self.t if start is None else start
@@ -56,6 +78,7 @@ def test_arming_needs_joint_states(arm):
     assert arm.controller.arm(0.0) == (False, 'no fresh joint states')
     ok, message = arm.arm()
     assert ok and 'epoch 2' in message
+    arm.controller.fault('told to')
     assert arm.controller.arm(arm.t)[0] is False
 
 
@@ -98,7 +121,7 @@ def test_first_command_far_from_the_pose_is_refused(arm):
 def test_every_arming_is_a_new_epoch(arm):
     arm.arm()
     old = arm.chunk(np.linspace(0, 1, 16))
-    arm.controller.disarm()
+    arm.controller.stop()
     arm.run(0.1)
     assert arm.controller.mode == Mode.INACTIVE
     arm.arm()
@@ -111,7 +134,7 @@ def test_disarm_in_motion_is_a_bounded_stop(arm):
     arm.controller.add_chunk(arm.chunk(np.linspace(0, 1.5, 8)), arm.t)
     arm.run(0.4)
     assert arm.controller.mode == Mode.POLICY and arm.controller.gate.velocity[0] > 1.5
-    arm.controller.disarm('told to')
+    arm.controller.stop('told to')
     assert arm.controller.mode == Mode.STOPPING
     arm.run(1.0)
     assert arm.controller.mode == Mode.INACTIVE and arm.controller.reason == 'told to'
@@ -128,29 +151,21 @@ def test_silent_joint_states_latch_a_fault(arm):
     while fault is None and arm.t < silent + 1:
         arm.run(PERIOD, joint_states=False)
         fault = arm.t if arm.controller.mode == Mode.FAULT else None
-    assert fault - silent <= 0.1 + 2 * PERIOD + 1e-9
+    assert fault - silent <= 0.1 + PERIOD + 1e-9
     arm.run(1.0)
     assert arm.controller.mode == Mode.FAULT, 'latched though the states are back'
-    assert 'FAULT' in arm.controller.arm(arm.t)[1]
-    arm.controller.disarm()
-    assert arm.controller.mode == Mode.INACTIVE and arm.arm()[0]
-
-
-def test_non_finite_joint_states_count_as_silence(arm):
-    arm.arm()
-    arm.measured = np.full(6, np.nan)
-    for _ in range(10):
-        arm.t += PERIOD
-        arm.controller.joint_state(arm.t, np.full(6, np.nan))
-        assert np.isfinite(arm.controller.tick(arm.t)).all()
-    assert arm.controller.mode == Mode.FAULT
+    assert 'FAULT: joint states older' in arm.controller.arm(arm.t)[1]
+    arm.controller.stop()
+    arm.run(0.1)
+    assert arm.mode == Mode.FAULT, 'nor is it left by stopping'
+    assert arm.controller.reset_fault()[0] and arm.mode == Mode.INACTIVE and arm.arm()[0]
 
 
 def test_an_arm_that_does_not_follow_faults(arm):
     arm.arm()
     for i in range(60):
         arm.t += PERIOD
-        arm.controller.joint_state(arm.t, np.zeros(6))  # stuck
+        arm.controller.joint_state(arm.t, np.zeros(6), arm.t)  # stuck
         if i == 0:
             arm.controller.add_chunk(arm.chunk(np.linspace(0, 1.5, 16)), arm.t)
         arm.controller.tick(arm.t)
@@ -162,16 +177,295 @@ def test_missed_ticks_are_made_up_for_and_long_pauses_are_not(arm):
     arm.controller.add_chunk(arm.chunk(np.linspace(0, 1.5, 32)), arm.t)
     arm.run(0.5)
     arm.t += 3 * PERIOD
-    arm.controller.joint_state(arm.t, arm.measured)
+    arm.controller.joint_state(arm.t, arm.measured, arm.t)
     before = arm.sent[-1][1][0]
     command = arm.controller.tick(arm.t, elapsed=3)
     speed = 1.5 / 3.1
     assert command[0] - before == pytest.approx(3 * PERIOD * speed, rel=1e-3)
     arm.t += 0.4
-    arm.controller.joint_state(arm.t, command)
+    arm.controller.joint_state(arm.t, command, arm.t)
     jumped = arm.controller.tick(arm.t, elapsed=20)
-    assert jumped[0] - command[0] <= (speed + 15 * PERIOD) * PERIOD + 1e-9
+    np.testing.assert_array_equal(jumped, command)
+    assert arm.mode == Mode.HOLD and arm.controller.reason == 'the loop was paused', 'the arm stands: it begins anew'
+    arm.run(0.5)
+    np.testing.assert_array_equal(arm.sent[-1][1], command)
 
 
-def test_transitions_lead_everywhere_and_back():
-    assert {mode for mode, _ in TRANSITIONS} == set(Mode) == set(TRANSITIONS.values())
+def test_after_a_pause_a_trajectory_controller_s_arm_is_where_its_ramp_ended(root):
+    arm = Arm(root)
+    output = dataclasses.replace(arm.contract.action.outputs[0], type='trajectory_msgs/msg/JointTrajectory')
+    contract = dataclasses.replace(arm.contract, action=dataclasses.replace(arm.contract.action, outputs=(output,)))
+    arm.controller = Controller(contract, arm.controller.ensembler)
+    arm.follow()
+    stands = arm.controller.gate.run_out()[1][-1]
+    assert stands[0] - arm.measured[0] > 0.02
+    arm.t += 1.0
+    arm.controller.joint_state(arm.t, stands, arm.t)
+    np.testing.assert_array_equal(arm.controller.tick(arm.t, elapsed=50), stands)
+
+
+def test_sensors_are_fresh_by_their_stamps_and_a_clock_ahead_keeps_no_dead_one_alive(arm):
+    arm.follow()
+    for _ in range(20):  # a driver that repeats an old sample
+        arm.t += PERIOD
+        arm.controller.joint_state(arm.t - 0.11, arm.measured, arm.t)
+        arm.controller.tick(arm.t)
+    assert arm.mode == Mode.FAULT and arm.controller.reason == 'joint states older than 0.100 s'
+    arm.controller.reset_fault()
+    arm.arm()
+    arm.controller.joint_state(arm.t + 0.9, arm.measured, arm.t)  # stamped ahead, then silent
+    arm.run(0.2, joint_states=False)
+    assert arm.mode == Mode.FAULT
+
+
+def test_arming_names_the_age_of_stale_joint_states(arm):
+    arm.run(0.1)
+    assert arm.controller.arm(arm.t + 0.5) == (False, 'no fresh joint states: the newest was taken 0.500 s ago')
+
+
+def test_three_non_finite_inputs_in_a_row_latch_a_fault(arm):
+    arm.follow()
+    for source in ('chunks', 'joint_states', 'teleop'):
+        arm.controller.reject(source, non_finite=True)
+        arm.controller.reject(source, non_finite=True)
+        arm.controller.reject(source, non_finite=False)
+    arm.controller.add_chunk(arm.chunk([0.1] * 4, sequence=3), arm.t)
+    arm.controller.joint_state(arm.t, arm.measured, arm.t)
+    for source in ('chunks', 'joint_states'):
+        arm.controller.reject(source, non_finite=True)
+    assert arm.mode == Mode.POLICY, 'a good one in between begins the row anew'
+    arm.controller.reject('teleop', non_finite=True)
+    assert arm.mode == Mode.FAULT and arm.controller.reason == 'teleop: 3 non-finite messages in a row'
+    assert arm.controller.rejected == {'chunks': 4, 'joint_states': 4, 'teleop': 4}
+    arm.run(1.0)
+    arm.assert_within_limits()
+
+
+def test_a_policy_that_asks_for_the_impossible_faults(arm):
+    arm.follow(np.concatenate([np.linspace(0, 0.4, 5), [2.5] * 40]), seconds=0.9)  # 0.6 rad beyond the bound
+    arm.run(2.5)
+    assert arm.mode == Mode.FAULT and "lags behind what is asked for: ('shoulder_pan',)" in arm.controller.reason
+    arm.assert_within_limits()
+
+
+def test_whatever_breaks_inside_the_arm_comes_to_a_bounded_stop(arm, monkeypatch):
+    arm.follow()
+    monkeypatch.setattr(arm.controller.ensembler, 'at', lambda *_: 1 / 0)
+    arm.run(1.0)
+    assert arm.mode == Mode.FAULT and 'ZeroDivisionError' in arm.controller.reason
+    assert arm.controller.gate.at_rest
+    arm.assert_within_limits()
+
+
+# --- arming, holding, stopping -------------------------------------------------------------------------------------------
+def test_approach_goes_slowly_to_a_far_first_command_and_then_follows(arm):
+    arm.arm(approach=True)
+    for i in range(400):
+        if i % 20 == 0:
+            arm.controller.add_chunk(arm.chunk([0.4] * 16, sequence=i), arm.t)
+        arm.run(PERIOD)
+        if i == 3:
+            assert arm.mode == Mode.APPROACH and 'slowly to a first command 0.400 off at shoulder_pan' in arm.controller.reason
+    assert arm.mode == Mode.POLICY
+    np.testing.assert_allclose(arm.measured[0], 0.4, atol=1e-6)
+    velocity = np.diff([command[0] for _, command in arm.sent]) / PERIOD
+    assert 0.2 < velocity.max() <= 0.25 * (1 + 1e-6), 'a tenth of the limit'
+    # What was allowed was this approach, not any later one.
+    arm.run(3.0)
+    arm.controller.add_chunk(arm.chunk([0.9] * 16, sequence=999), arm.t)
+    arm.run(0.1)
+    assert arm.mode == Mode.HOLD and 'refused' in arm.controller.reason
+
+
+def test_a_pose_outside_the_limits_is_refused_or_approached_from(arm):
+    arm.measured[0] = 2.2
+    ok, message = arm.arm()
+    assert not ok and "outside the position limits: ('shoulder_pan',); arm with approach" in message
+    assert arm.arm(approach=True)[0] and arm.mode == Mode.APPROACH
+    arm.run(0.02)
+    assert abs(arm.sent[0][1][0] - 2.2) < 1e-3, 'from where it is, without a jump'
+    arm.run(4.0)
+    assert arm.mode == Mode.HOLD
+    np.testing.assert_allclose(arm.measured[0], 1.91, atol=1e-9)
+    assert np.abs(np.diff([c[0] for _, c in arm.sent])).max() / PERIOD <= 0.25 * (1 + 1e-6)
+
+
+def test_hold_stops_and_follows_nothing_until_armed_again(arm):
+    arm.follow()
+    assert arm.controller.hold()[0] and arm.mode == Mode.STOPPING
+    arm.run(0.5)
+    here = arm.measured.copy()
+    assert arm.mode == Mode.HOLD and arm.controller.reason == 'told to hold'
+    arm.controller.add_chunk(arm.chunk(np.linspace(here[0], here[0] + 0.5, 16), sequence=7), arm.t)
+    arm.run(0.5)
+    np.testing.assert_array_equal(arm.measured, here)
+    epoch = arm.controller.epoch
+    assert arm.controller.arm(arm.t)[0] and arm.controller.epoch == epoch + 1
+    arm.controller.add_chunk(arm.chunk(np.linspace(here[0], here[0] + 0.5, 16)), arm.t)
+    arm.run(0.5)
+    assert arm.mode == Mode.POLICY and arm.measured[0] > here[0] + 0.05
+    arm.assert_within_limits()
+    arm.controller.stop()
+    arm.run(0.5)
+    assert arm.mode == Mode.INACTIVE and arm.controller.hold()[0] is False
+
+
+def test_a_fault_is_reset_only_at_rest(arm):
+    arm.follow()
+    assert arm.controller.reset_fault() == (False, 'there is no fault, the mode is POLICY')
+    arm.controller.fault('told to')
+    assert arm.controller.reset_fault() == (False, 'the arm is still stopping')
+    arm.run(0.5)
+    assert arm.controller.reset_fault()[0]
+
+
+# --- time ----------------------------------------------------------------------------------------------------------------
+def test_a_stalled_clock_ends_in_hold_when_it_goes_on(arm):
+    arm.follow()
+    arm.controller.clock_stalled()
+    assert arm.mode == Mode.STOPPING and arm.controller.reason == '/clock stands still'
+    arm.run(0.5)
+    assert arm.mode == Mode.HOLD
+    arm.assert_within_limits()
+
+
+@pytest.mark.parametrize('during', ['POLICY', 'STOPPING', 'HOLD'])
+def test_a_clock_that_jumps_back_flushes_and_holds_under_a_new_epoch(arm, during):
+    arm.follow()
+    if during != 'POLICY':
+        arm.controller.hold()
+        arm.run(0.04 if during == 'STOPPING' else 1.0)
+    old, epoch = arm.chunk(np.linspace(0, 1.5, 16), sequence=5), arm.controller.epoch
+    arm.t -= 3.0
+    arm.controller.clock_jumped(arm.t)
+    assert arm.controller.epoch == epoch + 1
+    with pytest.raises(ChunkError, match='epoch'):
+        arm.controller.add_chunk(old, arm.t)
+    arm.run(0.5)
+    assert arm.mode == Mode.HOLD and arm.controller.gate.at_rest
+    arm.assert_within_limits()
+
+
+@pytest.mark.parametrize('percent', [20, 50])
+def test_speed_scale_plays_chunks_slowly_and_never_stale(arm, percent):
+    arm.controller.speed_scale = arm.controller.scale = percent / 100
+    arm.arm()
+    for i in range(10):  # a planner that looks at the arm every 0.4 s and wants 0.8 rad/s from there
+        arm.controller.add_chunk(arm.chunk(arm.measured[0] + 0.08 * np.arange(16), sequence=i), arm.t)
+        arm.run(0.4)
+    velocity = np.diff([command[0] for _, command in arm.sent]) / PERIOD
+    np.testing.assert_allclose(np.median(velocity), 0.8 * percent / 100, rtol=0.02)
+    assert velocity[15:].max() <= 0.8 * percent / 100 * 1.01
+    assert velocity.max() <= 0.8 * percent / 100 * 1.75, 'fading in catches up'
+    arm.run(1.2)
+    assert arm.mode == Mode.HOLD and arm.controller.reason == 'no fresh chunk', 'slow, but gone when it would be at full speed'
+    assert arm.measured[0] < 0.8 * percent / 100 * 5.5
+
+
+def test_speed_scale_changes_smoothly_and_0_stands_still(arm):
+    arm.arm()
+    for i in range(60):
+        if i % 5 == 0:
+            arm.controller.add_chunk(arm.chunk(arm.measured[0] + 0.08 * np.arange(16), sequence=i), arm.t)
+        arm.controller.speed_scale = 0.0 if i > 20 else 1.0
+        arm.run(0.1)
+        if i == 40:
+            stands = arm.measured[0]
+    assert arm.measured[0] == pytest.approx(stands, abs=1e-9) and arm.mode == Mode.POLICY
+    velocity = np.diff([command[0] for _, command in arm.sent]) / PERIOD
+    assert np.abs(np.diff(velocity[100:])).max() / PERIOD < 5.0, 'slowed down over half a second, not at the limit of 15'
+
+
+# --- teleop --------------------------------------------------------------------------------------------------------------
+def pan(value) -> np.ndarray:
+    return np.array([value, 0, 0, 0, 0, 0.0])
+
+
+def test_a_human_takes_over_in_motion_and_hands_back_under_a_new_epoch(arm):
+    arm.follow()
+    here, epoch = arm.measured[0], arm.controller.epoch
+    arm.run(1.0, human=lambda t: pan(here + 0.05))
+    assert arm.mode == Mode.TELEOP and arm.controller.reason == 'a human took over'
+    np.testing.assert_allclose(arm.measured[0], here + 0.05, atol=1e-9)
+    arm.controller.add_chunk(arm.chunk([9.0] * 16, sequence=50), arm.t)  # planned before the hand-back
+    arm.controller.release()
+    arm.run(0.1)
+    assert arm.mode == Mode.HOLD and arm.controller.epoch == epoch + 1 and arm.controller.follows_chunks
+    arm.controller.add_chunk(arm.chunk(arm.measured[0] + 0.08 * np.arange(16)), arm.t)
+    arm.run(0.5)
+    assert arm.mode == Mode.POLICY and arm.measured[0] > here + 0.2
+    arm.assert_within_limits()
+
+
+def test_takeover_blends_instead_of_snapping(arm):
+    arm.arm()
+    arm.run(0.5, human=pan(0.14))
+    velocity = np.diff([command[0] for _, command in arm.sent]) / PERIOD
+    assert arm.measured[0] == pytest.approx(0.14) and velocity.max() < 1.1  # at the limits it would be 1.4 rad/s
+    assert np.sum(velocity > 0.1) * PERIOD > 0.15
+
+
+def test_a_silent_human_leaves_the_arm_held_until_armed(arm):
+    arm.arm()
+    arm.run(0.5, human=lambda t: pan(0.5 * (t - 0.1)))
+    assert arm.mode == Mode.TELEOP
+    arm.run(0.5)
+    assert arm.mode == Mode.HOLD and not arm.controller.follows_chunks and 'arm to go on' in arm.controller.reason
+    here = arm.measured[0]
+    arm.controller.add_chunk(arm.chunk(here + 0.08 * np.arange(16)), arm.t)
+    arm.run(0.3)
+    assert arm.measured[0] == here
+    arm.run(0.1, human=pan(here))
+    assert arm.mode == Mode.TELEOP, 'the human may go on'
+    arm.assert_within_limits()
+
+
+def test_a_takeover_that_is_too_far_away_stops_the_policy_all_the_same(arm):
+    arm.follow()
+    arm.run(0.5, human=pan(-0.5))
+    assert arm.mode == Mode.HOLD and 'first command refused: shoulder_pan' in arm.controller.reason
+    here = arm.measured[0]
+    arm.controller.add_chunk(arm.chunk(here + 0.08 * np.arange(16), sequence=9), arm.t)
+    arm.run(0.2, human=pan(-0.5))
+    assert arm.measured[0] == here
+    arm.controller.release()
+    arm.controller.add_chunk(arm.chunk(here + 0.08 * np.arange(16), sequence=10), arm.t)
+    arm.run(0.3)
+    assert arm.mode == Mode.POLICY
+    arm.assert_within_limits()
+
+
+def test_a_held_arm_is_no_human_s_until_the_dead_man_was_let_go(arm):
+    arm.arm()
+    arm.run(0.3, human=pan(0.05))
+    arm.controller.hold()
+    arm.run(0.3, human=pan(0.05))
+    assert arm.mode == Mode.HOLD
+    arm.controller.release()
+    arm.run(0.1, human=pan(0.05))
+    assert arm.mode == Mode.TELEOP
+
+
+def test_a_human_beyond_the_limits_is_not_followed_for_long(arm):
+    arm.arm()
+    arm.run(4.0, human=lambda t: pan(t - 0.1))  # to 4 rad; the joint ends at 1.91
+    assert arm.mode == Mode.HOLD and 'lags behind' in arm.controller.reason
+    assert arm.measured[0] <= 1.91
+    arm.assert_within_limits()
+
+
+def test_teleop_commands_that_are_old_on_arrival_move_nothing(arm):
+    arm.arm()
+    for _ in range(10):
+        arm.controller.teleop(arm.t - 0.3, pan(0.05), arm.t)
+        arm.run(PERIOD)
+    assert arm.mode == Mode.HOLD and arm.measured[0] == 0.0
+
+
+def test_a_chunk_is_used_at_the_next_tick(arm):
+    arm.arm()
+    arm.controller.add_chunk(arm.chunk([0.0] * 16), arm.t)
+    arm.run(0.5)
+    arm.controller.add_chunk(arm.chunk([0.02] * 16, sequence=1), arm.t + 0.7 * PERIOD)
+    arm.run(PERIOD)
+    assert arm.measured[0] > 1e-4

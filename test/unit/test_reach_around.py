@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from il_policies.contract import load_contract
+from il_policies.description import resolve
 from il_policies.sim import reach_around
 from il_policies.sim.reach_around import (
     CONTROL_PERIOD,
@@ -22,7 +23,6 @@ from il_policies.sim.reach_around import (
     SceneError,
     expert,
     inverse_kinematics,
-    resolve,
     sample_scene,
 )
 
@@ -185,22 +185,6 @@ def test_scenes_that_mean_nothing_are_refused_and_change_nothing(sim):
         with pytest.raises(SceneError, match=fault):
             sim.reset(scene)
     assert sim.scene == Scene()
-
-
-def test_descriptions_are_found_in_ament_prefixes_first(tmp_path, monkeypatch):
-    wheel = resolve(DESCRIPTION)
-    assert wheel.name == 'so101.urdf'
-    urdf = tmp_path / 'share/example_robot_data/robots/so_arm_description/urdf/so101.urdf'
-    urdf.parent.mkdir(parents=True)
-    urdf.write_text('<robot/>')
-    monkeypatch.setenv('AMENT_PREFIX_PATH', os.pathsep.join(['/nonexistent', str(tmp_path)]))
-    assert resolve(DESCRIPTION) == urdf
-    monkeypatch.setenv('AMENT_PREFIX_PATH', '')
-    assert resolve(DESCRIPTION) == wheel
-    with pytest.raises(SceneError, match='no_such_robot'):
-        resolve('package://no_such_robot/robot.urdf')
-    with pytest.raises(SceneError, match='must be package://'):
-        resolve('robot.urdf')
 
 
 def test_the_camera_sees_pillar_goal_and_arm():

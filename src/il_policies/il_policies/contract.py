@@ -110,6 +110,21 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Output:
+    """A topic on which a part of the robot listens: the whole arm, one arm of two, or a gripper."""
+
+    __pydantic_config__ = STRICT
+
+    topic: str
+    """Topic, relative to the node's namespace."""
+    type: Literal['std_msgs/msg/Float64MultiArray', 'trajectory_msgs/msg/JointTrajectory', 'sensor_msgs/msg/JointState']
+    """Float64MultiArray for a forward_command_controller, JointTrajectory (next set-points and a ramp to rest) for a
+    joint_trajectory_controller, JointState for drivers that take one."""
+    joints: tuple[str, ...] = ()
+    """Joints it commands, in its order; empty: all joints of the action."""
+
+
+@dataclass(frozen=True)
 class Action:
     """What the policy commands, and how the command reaches the robot."""
 
@@ -119,15 +134,21 @@ class Action:
     """Commanded joints, the order of action columns."""
     topic: str
     """Topic of the stamped, named command (sensor_msgs/JointState), which is recorded and learnt from."""
-    output_topic: str
-    """Topic on which the robot listens."""
-    output_type: Literal['std_msgs/msg/Float64MultiArray']
-    """Type on which the robot listens."""
+    outputs: tuple[Output, ...]
+    """Where the robot listens: every joint of the action in exactly one output."""
     label: Literal['command', 'command_hold', 'next_state'] = 'command'
     """How the action of a tick t_k is read from a recording: the first command in [t_k, t_k+1), the last at or before t_k,
     or the measured joint positions of the next tick."""
     max_age: float = 0.2
     """A command older than this is no label [s]."""
+
+    def __post_init__(self):
+        commanded = [name for output in self.outputs for name in output.joints or self.joints]
+        if sorted(commanded) != sorted(self.joints):
+            raise ValueError(f'outputs must command every joint of {list(self.joints)} exactly once, they command {commanded}')
+        topics = [self.topic, *(output.topic for output in self.outputs)]
+        if len(set(topics)) != len(topics):
+            raise ValueError(f'topic and outputs must differ from each other, they are {topics}')
 
 
 @dataclass(frozen=True)
@@ -154,6 +175,8 @@ class Contract:
     """The action."""
     joint_state: str = 'joint_positions'
     """The feature that holds the measured positions of the action's joints, used by the controller."""
+    end_effector: str = ''
+    """Link of the description that teleoperation jogs; empty: joints only."""
 
     def __post_init__(self):
         names = [joint.name for joint in self.joints]
@@ -170,6 +193,10 @@ class Contract:
         if state.field != 'position' or missing:
             raise ValueError(f'observations.{self.joint_state} must be JointState positions of all action joints; '
                              f'field is {state.field!r}, missing joints: {missing}')
+        observed = {stream.topic for stream in self.observations.values()}
+        for topic in (self.action.topic, *(output.topic for output in self.action.outputs)):
+            if topic in observed:
+                raise ValueError(f'action: {topic} is also the topic of an observation')
         if self.control_rate < self.policy_rate or self.policy_rate <= 0:
             raise ValueError(f'control_rate {self.control_rate} must be at least policy_rate {self.policy_rate}, both > 0')
 

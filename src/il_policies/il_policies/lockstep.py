@@ -17,7 +17,7 @@ from il_policies.planner import Planner
 from il_policies.policies import Policy, PolicyError
 from il_policies.sim.reach_around import JOINTS, ReachAround, Scene, sample_scene
 from il_runtime.core.controller import Controller
-from il_runtime.core.ensembling import Chunk, Ensembler
+from il_runtime.core.ensembling import Blending, Chunk, Ensembler
 from il_runtime.core.mode import Mode
 from il_runtime.core.safety import limit_violations
 
@@ -76,14 +76,14 @@ def run_episode(simulation: ReachAround, planner: Planner, contract: Contract, s
                 seed: int) -> Episode:
     """One episode from arming to its end. `seed` is that of the planner's noise."""
     spec = planner.policy.spec
-    controller = Controller(contract, Ensembler(
-        [joint.tracking_tolerance for joint in contract.action_joints], execution.ensembling, execution.m,
-        ramp=2.0 / contract.control_rate, max_disagreement=execution.max_disagreement))
+    blending = Blending(execution.ensembling, execution.m, max_disagreement=execution.max_disagreement)
+    controller = Controller(contract, Ensembler([joint.tracking_tolerance for joint in contract.action_joints], blending,
+                                                ramp=2.0 / contract.control_rate))
     order = [JOINTS.index(name) for name in contract.action.joints]  # the simulation's joints in the contract's order
     ticks_per_step = round(contract.control_rate * spec.step_period)
     simulation.reset(scene)
     planner.reset(seed)
-    controller.joint_state(0.0, simulation.joint_positions[order])
+    controller.joint_state(0.0, simulation.joint_positions[order], 0.0)
     armed, message = controller.arm(0.0)
     if not armed:
         raise PolicyError(f'the simulated arm could not be armed: {message}')
@@ -99,7 +99,7 @@ def run_episode(simulation: ReachAround, planner: Planner, contract: Contract, s
                 positions = planner.plan(observation, start)
                 controller.add_chunk(Chunk(start, spec.step_period, positions, controller.epoch, len(chunks), now), now)
                 chunks.append((start, positions))
-        controller.joint_state(now, simulation.joint_positions[order])
+        controller.joint_state(now, simulation.joint_positions[order], now)
         command = controller.tick(now)
         tips.append(simulation.tip)
         commands.append(command)

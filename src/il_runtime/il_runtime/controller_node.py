@@ -1,6 +1,7 @@
 """50 Hz controller: chunks in, ensembled and limited commands out. Never waits for the network, never jumps.
 
-The loop has its own thread on absolute deadlines; callbacks only leave things in an inbox that the loop empties.
+The loop has its own thread on absolute deadlines and takes its inputs itself, once a tick: no callback competes with it for
+the interpreter. Services and parameters, served by the executor's thread, leave their wishes in an inbox.
 """
 from __future__ import annotations
 
@@ -10,27 +11,45 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from il_msgs.msg import ActionChunk, ControllerStatus
 from il_msgs.srv import Arm
+from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.qos import QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import JointState
-from std_msgs.msg import Float64MultiArray
 from std_srvs.srv import Trigger
 
 from il_policies.contract import load_contract
-from il_policies.data.decode import DecodeError, decode
-from il_runtime.core.controller import Controller
-from il_runtime.core.ensembling import MODES, Chunk, ChunkError, Ensembler, arrange
+from il_policies.data.decode import DecodeError, NotFiniteError, decode, stamp_of
+from il_runtime.core.clock import LoopClock, StampError
+from il_runtime.core.controller import Controller, Settings
+from il_runtime.core.ensembling import (
+    MODES,
+    Blending,
+    Chunk,
+    ChunkError,
+    Ensembler,
+    NonFiniteError,
+    arrange,
+    check_finite,
+)
 from il_runtime.core.mode import Mode
-from il_runtime.ros import STATUS_QOS, Worker, chunk_qos, declare, loud, nanoseconds, run, start, to_stamp
+from il_runtime.outputs import Outputs
+from il_runtime.ros import STATUS_QOS, Polled, Worker, chunk_qos, declare, loud, nanoseconds, run, start, take_all, to_stamp
 
-MAX_STAMP_OFFSET = 1.0
-"""A chunk whose observation is further than this from now was stamped by another clock [s]."""
+STATUS_PERIOD = 0.1
+"""Time between periodic statuses [s]."""
+STALL_S = 0.5
+"""A /clock that tells the same time for longer stands still [s, wall]."""
+REMEMBERED = 3000
+"""Ticks whose lateness diagnostics show: a minute."""
 
 
 class ControllerNode(LifecycleNode):
@@ -38,52 +57,77 @@ class ControllerNode(LifecycleNode):
 
     def __init__(self):
         super().__init__('controller')
+        self.running = False
         declare(self, 'contract', '', "the robot's contract, a YAML file")
-        declare(self, 'ensembling', 'newest_first', f'how overlapping chunks are blended: {", ".join(MODES)}')
-        declare(self, 'm', 0.5, 'weight exp(-m·age) of a chunk, age in policy steps', 0.0, 10.0)
-        declare(self, 'seam', 0.1, 'length of a crossfade [s]', 0.02, 2.0)
-        declare(self, 'max_disagreement', 1.0, 'above this distance between live chunks, in tracking tolerances, the newest '
-                'one takes over instead of being averaged', 0.01, 1e9)
         declare(self, 'realtime_priority', 40, 'SCHED_FIFO priority of the loop where permitted; 0 leaves it as it is', 0, 49)
-        autostart = declare(self, 'autostart', True, 'configure and activate at once')
-        if autostart:
+        live = {'read_only': False}
+        declare(self, 'ensembling', 'newest_first', f'how overlapping chunks are blended: {", ".join(MODES)}; live', **live)
+        declare(self, 'm', 0.5, 'weight exp(-m·age) of a chunk, age in policy steps; live', 0.0, 10.0, **live)
+        declare(self, 'seam', 0.1, 'length of a crossfade [s]; live', 0.02, 2.0, **live)
+        declare(self, 'max_disagreement', 1.0, 'above this distance between live chunks, in tracking tolerances, the newest '
+                'one takes over instead of being averaged; live', 0.01, 1e9, **live)
+        declare(self, 'speed_scale', 100.0, 'slows everything down [%]; a new arm starts at 20; live', 0.0, 100.0, **live)
+        default = Settings()
+        declare(self, 'tracking_time', default.tracking_time, 'a joint may be off its command by more than its tracking '
+                'tolerance for so long [s]; not while armed', 0.02, 10.0, **live)
+        declare(self, 'lag_time', default.lag_time, 'a command may lag behind what is asked for by more than the tracking '
+                'tolerance for so long [s]; not while armed', 0.02, 10.0, **live)
+        declare(self, 'blend_time', default.blend_time, 'time over which a new source, policy or human, fades in [s]; not while '
+                'armed', 0.02, 5.0, **live)
+        declare(self, 'teleop_timeout', default.teleop_timeout, 'a human who is silent for longer without a release has lost '
+                'control [s]; not while armed', 0.04, 1.0, **live)
+        declare(self, 'approach_speed', 100 * default.approach_speed, 'speed of an approach, share of the velocity and '
+                'acceleration limits [%]; not while armed', 1.0, 100.0, **live)
+        if declare(self, 'autostart', True, 'configure and activate at once'):
             start(self)
 
     # --- lifecycle ----------------------------------------------------------------------------------------------------
     @loud
     def on_configure(self, _state) -> TransitionCallbackReturn:
         """Read the contract, open topics and services."""
-        value = {name: self.get_parameter(name).value for name in ('contract', 'ensembling', 'm', 'seam', 'max_disagreement')}
+        value = self._values()
         self.contract = load_contract(value['contract'])
-        ensembler = Ensembler([joint.tracking_tolerance for joint in self.contract.action_joints], value['ensembling'],
-                              value['m'], ramp=2.0 / self.contract.control_rate, seam=value['seam'],
-                              max_disagreement=value['max_disagreement'])
+        self.sim_time = value['use_sim_time']
+        stamps = self.get_clock()
+        self.clock = LoopClock(lambda: stamps.now().nanoseconds if self.sim_time else time.monotonic_ns(),
+                               lambda: stamps.now().nanoseconds)
+        ensembler = Ensembler([joint.tracking_tolerance for joint in self.contract.action_joints], blending(value),
+                              ramp=2.0 / self.contract.control_rate)
         # Wall-clock milliseconds: a restarted controller never issues an epoch that a late chunk could carry.
-        self.controller = Controller(self.contract, ensembler, first_epoch=time.time_ns() // 1_000_000)
+        self.controller = Controller(self.contract, ensembler, time.time_ns() // 1_000_000, settings(value))
+        self.controller.speed_scale = self.controller.scale = value['speed_scale'] / 100
         self.state_stream = self.contract.observations[self.contract.joint_state]
         self.state_order = [self.state_stream.names.index(name) for name in self.contract.action.joints]
-        self.sim_time = self.get_parameter('use_sim_time').value
         self.inbox: deque = deque(maxlen=1000)
         self.wake = threading.Condition()
-        self.measured: tuple[float, np.ndarray] | None = None
-        self.rejected = self.ticks = self.missed = 0
+        self.remarks: dict[str, str] = {}  # what the loop would log: it leaves that to the executor's thread
+        self.ticks = self.missed = 0
         self.lateness: deque = deque(maxlen=10_000)
-        self.announced = None
-        self.running = False
-        self.offset = 0
+        self.recent = np.full(REMEMBERED, np.nan)
+        self.announced, self.told = None, 0.0
+        self.others: list[str] = []
+        self.stalled, self.scheduler = False, 'not running'
 
-        self.commands = self.create_publisher(JointState, self.contract.action.topic, QoSProfile(depth=100))
-        self.output = self.create_publisher(Float64MultiArray, self.contract.action.output_topic, QoSProfile(depth=1))
+        self.outputs = Outputs(self, self.contract)
         self.status = self.create_publisher(ControllerStatus, '~/status', STATUS_QOS)
-        self.create_subscription(JointState, self.state_stream.topic, self._on_joint_state, qos_profile_sensor_data)
-        self.create_subscription(ActionChunk, 'chunks', self._on_chunk, chunk_qos())
+        self.diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
+        polled = Polled()
+        newest = QoSProfile(depth=1, reliability=qos_profile_sensor_data.reliability)  # drivers send up to 1 kHz
+        self.states = self.create_subscription(JointState, self.state_stream.topic, _never, newest, callback_group=polled)
+        self.chunks = self.create_subscription(ActionChunk, 'chunks', _never, chunk_qos(), callback_group=polled)
+        self.teleop = self.create_subscription(JointState, 'teleop', _never, QoSProfile(depth=10), callback_group=polled)
         self.create_service(Arm, '~/arm', self._on_arm)
-        self.create_service(Trigger, '~/disarm', self._on_disarm)
-        # Steady: a step of the wall clock, or a stalled /clock, must not silence the status.
-        self.create_timer(0.1, self._publish_status, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        for name, action in (('hold', lambda now: self.controller.hold()), ('stop', lambda now: self.controller.stop()),
+                             ('reset_fault', lambda now: self.controller.reset_fault())):
+            self.create_service(Trigger, f'~/{name}', lambda _, response, action=action: self._answer(response, action))
+        self.add_on_set_parameters_callback(self._on_parameters)
+        # Steady: a step of the wall clock, or a stalled /clock, must not silence the node.
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(0.5, self._look_around, clock=steady)
+        self.create_timer(1.0, self._publish_diagnostics, clock=steady)
         if self.sim_time:
             threshold = JumpThreshold(min_forward=Duration(nanoseconds=1), min_backward=Duration(nanoseconds=-1))
-            self._jumps = self.get_clock().create_jump_callback(threshold, post_callback=lambda _: self._wake_up())
+            self._jumps = stamps.create_jump_callback(threshold, post_callback=lambda _: self._wake_up())
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state) -> TransitionCallbackReturn:
@@ -101,61 +145,42 @@ class ControllerNode(LifecycleNode):
 
     def finish(self, spin_once) -> None:
         """Bring the arm to rest within its limits, then end the loop."""
-        if not getattr(self, 'running', False):  # perhaps never configured
+        if not self.running:  # perhaps never configured
             return
-        self._post(lambda now: self.controller.disarm('shutting down'))
-        deadline = time.monotonic() + 5.0
-        while self.thread.is_alive() and self.controller.mode != Mode.INACTIVE and time.monotonic() < deadline:
+        self._post(lambda now: self.controller.stop('shutting down'))
+        deadline = time.monotonic() + 10.0
+        while self.thread.is_alive() and time.monotonic() < deadline and not self._is_still():
             spin_once()
         self.running = False
         self._wake_up()
         self.thread.join(timeout=1.0)
-        self._publish_status()
+        gc.unfreeze()
+        gc.enable()
+        self._publish_status(self.clock.now())
 
-    # --- callbacks: leave it in the inbox ------------------------------------------------------------------------------
-    def _on_joint_state(self, message: JointState) -> None:
-        try:
-            positions = decode(message, self.state_stream)
-        except DecodeError as error:
-            self.get_logger().warning(f'joint states ignored: {error}', throttle_duration_sec=1.0)
-            return
-        self.measured = (self._now(), positions[self.state_order])
+    def _is_still(self) -> bool:
+        """True when nothing is left to be stopped: a simulated arm stands as long as its time does."""
+        return not self.inbox and (self.controller.mode == Mode.INACTIVE or self.sim_time and self.stalled
+                                   or self.controller.mode == Mode.FAULT and self.controller.gate.at_rest)
 
-    def _on_chunk(self, message: ActionChunk) -> None:
-        try:
-            positions = arrange(message.joint_names, message.positions, message.horizon, message.step_period,
-                                self.controller.joints)
-            # Onto the loop's clock, once: later steps of the wall clock change nothing.
-            now, wall = self._now(), self.get_clock().now().nanoseconds
-            observed = now + (nanoseconds(message.header.stamp) - wall) * 1e-9
-            if abs(now - observed) > MAX_STAMP_OFFSET:
-                raise ChunkError(f'stamp is {now - observed:+.3f} s old, allowed ±{MAX_STAMP_OFFSET:g} s: set the clocks')
-            chunk = Chunk(now + (nanoseconds(message.start) - wall) * 1e-9, message.step_period, positions, message.epoch,
-                          message.sequence, observed)
-        except ChunkError as error:
-            self._reject(error)
-            return
-        self._post(lambda now: self._take(chunk, now))
+    def _values(self) -> dict:
+        """Parameter → value."""
+        return {name: parameter.value for name, parameter in self.get_parameters_by_prefix('').items()}
 
-    def _take(self, chunk: Chunk, now: float) -> None:
-        try:
-            self.controller.add_chunk(chunk, now)
-        except ChunkError as error:
-            self._reject(error)
-
-    def _reject(self, error: ChunkError) -> None:
-        self.rejected += 1
-        self.get_logger().warning(f'chunk refused: {error}', throttle_duration_sec=1.0)
-
-    def _on_arm(self, _request, response: Arm.Response) -> Arm.Response:
-        answer = self._ask(self.controller.arm)
-        response.success, response.message = answer or (False, 'the control loop does not run; activate the node')
+    # --- executor's thread: leave it in the inbox -----------------------------------------------------------------------
+    def _on_arm(self, request: Arm.Request, response: Arm.Response) -> Arm.Response:
+        self._look_around()
+        if self.others:
+            response.message = f'somebody else commands this arm: {"; ".join(self.others)}'
+        else:
+            self._answer(response, lambda now: self.controller.arm(now, request.approach))
         response.epoch = self.controller.epoch
         return response
 
-    def _on_disarm(self, _request, response: Trigger.Response) -> Trigger.Response:
-        answer = self._ask(lambda now: (True, self.controller.disarm() or 'stopping'))
-        response.success, response.message = answer or (False, 'the control loop does not run')
+    def _answer(self, response, action):
+        """Fill a response with what the loop answers."""
+        answer = self._ask(action)
+        response.success, response.message = answer or (False, 'the control loop does not run; activate the node')
         return response
 
     def _ask(self, action):
@@ -187,84 +212,173 @@ class ControllerNode(LifecycleNode):
         with self.wake:
             self.wake.notify_all()
 
+    def _on_parameters(self, parameters) -> SetParametersResult:
+        """Live ones take effect at the next tick; the others are read-only while armed."""
+        value = self._values()
+        value |= {parameter.name: parameter.value for parameter in parameters}
+        fixed = [p.name for p in parameters if hasattr(Settings, p.name)]
+        if fixed and self.controller.mode != Mode.INACTIVE:
+            return SetParametersResult(successful=False, reason=f'{", ".join(fixed)}: read-only while armed; stop first')
+        try:
+            new = blending(value)
+        except ValueError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+
+        def apply(now: float) -> None:
+            self.controller.settings = settings(value)
+            self.controller.speed_scale = value['speed_scale'] / 100
+            if new != self.controller.ensembler.blending:
+                self.controller.ensembler.switch(new, now)
+
+        self._post(apply)
+        return SetParametersResult(successful=True)
+
+    def _look_around(self) -> None:
+        """Say what the loop had to say, and latch a fault if somebody else commands the arm."""
+        for source in list(self.remarks):
+            self.get_logger().warning(f'{source}: {self.remarks.pop(source)}')
+        self.others = []
+        for topic in self.outputs.topics:
+            publishers = self.get_publishers_info_by_topic(topic)
+            if len(publishers) > 1:
+                names = [f'{info.node_namespace.rstrip("/")}/{info.node_name}' for info in publishers]
+                self.others.append(f'{len(names)} publishers on {topic}: {", ".join(sorted(names))}')
+        if self.others and self.running:
+            reason = '; '.join(self.others)
+            self._post(lambda now: self.controller.fault(reason))
+        if time.monotonic() - self.told > 3 * STATUS_PERIOD:  # the loop does not run, or its clock stands still
+            self._publish_status(self.clock.now())
+
+    def _publish_diagnostics(self) -> None:
+        c, lateness = self.controller, self.recent[~np.isnan(self.recent)] * 1e3
+        shares = np.percentile(lateness, [50, 99, 100]) if len(lateness) else (0.0, 0.0, 0.0)
+        if c.mode == Mode.FAULT:
+            level, message = DiagnosticStatus.ERROR, f'FAULT: {c.reason}'
+        elif self.others:
+            level, message = DiagnosticStatus.ERROR, '; '.join(self.others)
+        elif c.mode == Mode.HOLD and 'refused' in c.reason or shares[1] > 5.0 or self.sim_time and self.stalled:
+            level, message = DiagnosticStatus.WARN, f'{c.mode.name}: {c.reason}'
+        else:
+            level, message = DiagnosticStatus.OK, f'{c.mode.name}: {c.reason}'
+        values = {
+            'mode': c.mode.name, 'reason': c.reason, 'epoch': c.epoch, 'follows chunks': c.follows_chunks,
+            'ensembling': c.ensembler.blending.mode, 'speed scale [%]': f'{100 * c.scale:.0f}',
+            **{f'rejected {source}': count for source, count in c.rejected.items()},
+            'clamped ticks': c.clamped_ticks, 'clamped joints': ', '.join(c.clamped), 'ticks': self.ticks,
+            'missed ticks': self.missed, 'lateness p50 [ms]': f'{shares[0]:.2f}', 'lateness p99 [ms]': f'{shares[1]:.2f}',
+            'lateness max [ms]': f'{shares[2]:.2f}', 'scheduler': self.scheduler}
+        status = DiagnosticStatus(level=level, name=f'{self.get_fully_qualified_name()}: control loop', message=message,
+                                  hardware_id=self.contract.robot,
+                                  values=[KeyValue(key=key, value=str(value)) for key, value in values.items()])
+        array = DiagnosticArray(status=[status])
+        array.header.stamp = self.get_clock().now().to_msg()
+        self.diagnostics.publish(array)
+
     # --- the loop -----------------------------------------------------------------------------------------------------
-    def _now(self) -> float:
-        """The loop's clock [s]: monotonic, or simulated time."""
-        return self.get_clock().now().nanoseconds * 1e-9 if self.sim_time else time.monotonic()
-
-    def _stamp_offset(self) -> int:
-        """From the loop's clock to stamps [ns]; follows a wall clock that was set, not the jitter of reading two clocks."""
-        if self.sim_time:
-            return 0
-        before = time.monotonic_ns()
-        offset = self.get_clock().now().nanoseconds - before
-        # While armed the stamps of commands are as even as the commands, whatever slews the wall clock.
-        tolerated = 1_000_000 if self.controller.mode == Mode.INACTIVE else 50_000_000
-        if abs(offset - self.offset) > tolerated and time.monotonic_ns() - before < 200_000:
-            self.offset = offset
-        return self.offset
-
     def _loop(self) -> None:
         self._become_realtime()
         period = self.controller.period
-        last = round(self._now() / period)
+        last = round(self.clock.now() / period)
         while self.running:
             due = last + 1
             self._wait_until(due * period)
-            now = self._now()
+            now = self.clock.now()
+            index = int(now / period + 1e-6)
+            if index < last:
+                self.controller.clock_jumped(now)
+                self.remarks['clock'] = '/clock jumped back'
+                last = index
             while self.inbox:
                 self.inbox.popleft()(now)
-            index = int(now / period + 1e-6)
-            armed = self.controller.mode != Mode.INACTIVE
-            if index < last:
-                self.get_logger().error('the clock jumped back')
-                last = index
-                continue
             if index < due:
-                continue  # woken for the inbox
-            if armed:
+                continue  # woken for the inbox, or by a jump
+            self._receive(now)
+            if self.controller.mode != Mode.INACTIVE:
                 self.ticks += 1
                 self.missed += index - due
                 if not self.sim_time:
+                    self.recent[self.ticks % REMEMBERED] = now - due * period
                     self.lateness.append(now - due * period)
             self._tick(index * period, index - last)
             last = index
 
     def _wait_until(self, deadline: float) -> None:
         if not self.sim_time:
-            time.sleep(max(deadline - time.monotonic(), 0.0))
+            time.sleep(max(deadline - self.clock.now(), 0.0))
             return
+        seen, since = self.clock.now(), time.monotonic()
         with self.wake:
-            while self.running and not self.inbox and self._now() < deadline:
-                self.wake.wait(timeout=0.2)
+            while self.running and not self.inbox and seen <= (now := self.clock.now()) < deadline:
+                if now > seen:
+                    seen, since = now, time.monotonic()
+                self.stalled = time.monotonic() - since > STALL_S
+                if self.stalled:
+                    self.controller.clock_stalled()
+                self.wake.wait(timeout=0.1)
+
+    def _receive(self, now: float) -> None:
+        """Take what has arrived since the last tick; what is malformed is refused whole, counted and named."""
+        for message, info in take_all(self.states):
+            with self._refusing('joint_states'):
+                positions = decode(message, self.state_stream)[self.state_order]
+                check_finite(positions)
+                taken, = self.clock.convert(self._stamp(message, info))
+                self.controller.joint_state(taken, positions, now)
+        for message, _ in take_all(self.teleop):
+            with self._refusing('teleop'):
+                given, = self.clock.convert(nanoseconds(message.header.stamp))
+                if not message.name:
+                    self.controller.release()
+                    continue
+                positions = arrange(message.name, message.position, 1, 1.0, self.controller.joints)[0]
+                self.controller.teleop(given, positions, now)
+        for message, _ in take_all(self.chunks):
+            with self._refusing('chunks'):
+                positions = arrange(message.joint_names, message.positions, message.horizon, message.step_period,
+                                    self.controller.joints)
+                observed, begins = self.clock.convert(nanoseconds(message.header.stamp), nanoseconds(message.start))
+                self.controller.add_chunk(Chunk(begins, message.step_period, positions, message.epoch, message.sequence,
+                                                observed), now)
+
+    def _stamp(self, message: JointState, info: dict) -> int:
+        published, received = info['source_timestamp'], info['received_timestamp']
+        # With simulated time those two are of another clock.
+        now = self.get_clock().now().nanoseconds if self.sim_time else 0
+        return stamp_of(message, self.state_stream, now or published, now or received)
+
+    @contextmanager
+    def _refusing(self, source: str) -> Iterator[None]:
+        """In which one message is taken: what is wrong with it is counted and named, then the next one is looked at."""
+        try:
+            yield
+        except (DecodeError, ChunkError, StampError) as error:
+            self.controller.reject(source, non_finite=isinstance(error, (NotFiniteError, NonFiniteError)))
+            self.remarks[source] = f'refused: {error}'
 
     def _tick(self, now: float, elapsed: int) -> None:
-        if self.measured is not None:
-            self.controller.joint_state(*self.measured)
         command = self.controller.tick(now, elapsed)
-        offset = self._stamp_offset()
         if command is not None:
-            message = JointState(name=self.controller.joints, position=command, velocity=self.controller.gate.velocity)
             # Stamped with the tick it is for, so that differences of commands are exact velocities.
-            message.header.stamp = to_stamp(round(now * 1e9) + offset)
-            self.output.publish(Float64MultiArray(data=command))
-            self.commands.publish(message)
-        if self.announced != (self.controller.mode, self.controller.epoch):
-            self._publish_status(with_lateness=False)
+            self.outputs.publish(self.controller.gate, to_stamp(self.clock.stamp(now, moving=True)))
+        due = time.monotonic() - self.told > STATUS_PERIOD - 0.5 * self.controller.period
+        if due or self.announced != (self.controller.mode, self.controller.epoch):
+            self._publish_status(now)
 
-    def _publish_status(self, with_lateness: bool = True) -> None:
+    def _publish_status(self, now: float) -> None:
         c, blend = self.controller, self.controller.blend
-        self.announced = (c.mode, c.epoch)
+        self.announced, self.told = (c.mode, c.epoch), time.monotonic()
         message = ControllerStatus(
-            mode=int(c.mode), reason=c.reason, epoch=c.epoch, live_chunks=blend.live if blend else 0,
+            mode=int(c.mode), reason=c.reason, epoch=c.epoch, follows_chunks=c.follows_chunks,
+            ensembling=c.ensembler.blending.mode, live_chunks=blend.live if blend else 0,
             chunk_age=blend.age if blend else float('nan'), disagreement=blend.disagreement if blend else 0.0,
-            rejected_chunks=self.rejected, clamped_ticks=c.clamped_ticks, ticks=self.ticks, missed_ticks=self.missed)
-        message.header.stamp = self.get_clock().now().to_msg()
-        if with_lateness:
-            message.lateness = [self.lateness.popleft() for _ in range(len(self.lateness))]
-            if c.mode == Mode.INACTIVE:
-                gc.collect()  # off while moving: a full collection can take longer than a tick
+            speed_scale=100 * c.scale, clamped_joints=list(c.clamped), clamped_ticks=c.clamped_ticks,
+            rejected_chunks=c.rejected['chunks'], rejected_joint_states=c.rejected['joint_states'],
+            rejected_teleop=c.rejected['teleop'], ticks=self.ticks, missed_ticks=self.missed,
+            lateness=[self.lateness.popleft() for _ in range(len(self.lateness))])
+        message.header.stamp = to_stamp(self.clock.stamp(now, moving=c.mode != Mode.INACTIVE))
         self.status.publish(message)
+        if c.mode == Mode.INACTIVE:
+            gc.collect()  # off while moving: a full collection can take longer than a tick
 
     def _become_realtime(self) -> None:
         sys.setswitchinterval(0.0005)
@@ -272,14 +386,29 @@ class ControllerNode(LifecycleNode):
         gc.freeze()
         gc.disable()
         priority = self.get_parameter('realtime_priority').value
-        scheduler = 'as started'
+        self.scheduler = 'as started'
         if priority and not self.sim_time:
             try:
                 os.sched_setscheduler(threading.get_native_id(), os.SCHED_FIFO, os.sched_param(priority))
-                scheduler = f'SCHED_FIFO {priority}'
+                self.scheduler = f'SCHED_FIFO {priority}'
             except PermissionError:
                 pass
-        self.get_logger().info(f'{self.contract.robot}: {self.contract.control_rate:g} Hz loop, scheduler {scheduler}')
+        self.get_logger().info(f'{self.contract.robot}: {self.contract.control_rate:g} Hz loop, scheduler {self.scheduler}')
+
+
+def blending(value: dict) -> Blending:
+    """The ensembling that parameters ask for. Raises ValueError."""
+    return Blending(value['ensembling'], value['m'], value['seam'], value['max_disagreement'])
+
+
+def settings(value: dict) -> Settings:
+    """The settings that parameters ask for."""
+    return Settings(value['tracking_time'], value['lag_time'], value['blend_time'], value['teleop_timeout'],
+                    value['approach_speed'] / 100)
+
+
+def _never(_message) -> None:
+    """Callback of subscriptions that the loop polls."""
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
 from il_policies.contract import load_contract
+from il_policies.description import DescriptionError
 from il_policies.sim.reach_around import (
     CONTROL_PERIOD,
     EPISODE_S,
     JOINTS,
     TASK,
     Scene,
-    SceneError,
     expert,
     sample_scene,
 )
@@ -66,7 +66,7 @@ class ExpertNode(Node):
 def demonstrate(node: ExpertNode, session: Session, scene: Scene, trajectory: np.ndarray, task: str,
                 name: str) -> str:
     """Record one demonstration; what went wrong, in which case it is discarded, or ''."""
-    session.disarm()
+    session.stop()
     session.reset(scene)
     session.start_episode(task, name)
     try:
@@ -131,13 +131,13 @@ def main() -> None:
     session = Session(node)
     try:
         record_all(node, session)
-    except (SessionError, SceneError) as error:
+    except (SessionError, DescriptionError) as error:
         print(f'expert_node: {error}', file=sys.stderr)
         sys.exit(1)
     finally:
         session.silence_s = 1.0
         with suppress(SessionError):  # the controller may be what failed
-            session.disarm()
+            session.stop()
         session.close()
         node.destroy_node()
         rclpy.try_shutdown()

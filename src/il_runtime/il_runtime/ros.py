@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import rclpy
 from builtin_interfaces.msg import Time
 from geometry_msgs.msg import PointStamped, PoseStamped, TwistStamped, WrenchStamped
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.callback_groups import CallbackGroup
 from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
@@ -48,9 +50,9 @@ def chunk_qos(length: float | None = None) -> QoSProfile:
     return qos
 
 
-def declare(node, name: str, default, description: str, low=None, high=None):
-    """Declare a read-only parameter that explains itself, and return its value; low and high bound numbers, both included."""
-    descriptor = ParameterDescriptor(description=description, read_only=True)
+def declare(node, name: str, default, description: str, low=None, high=None, read_only=True):
+    """Declare a parameter that explains itself, and return its value; low and high bound numbers, both included."""
+    descriptor = ParameterDescriptor(description=description, read_only=read_only)
     if isinstance(default, bool) or low is None:
         pass
     elif isinstance(default, int):
@@ -58,6 +60,27 @@ def declare(node, name: str, default, description: str, low=None, high=None):
     else:
         descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high), step=0.0)]
     return node.declare_parameter(name, default, descriptor).value
+
+
+class Polled(CallbackGroup):
+    """Group of subscriptions that no executor serves: whoever owns them takes their messages with `take_all`."""
+
+    def can_execute(self, _entity) -> bool:
+        """Never."""
+        return False
+
+    def beginning_execution(self, _entity) -> bool:
+        """Never."""
+        return False
+
+    def ending_execution(self, _entity) -> None:
+        """Nothing to end."""
+
+
+def take_all(subscription) -> Iterator[tuple]:
+    """What has arrived: (message, info), oldest first."""
+    while (taken := subscription.handle.take_message(subscription.msg_type, subscription.raw)) is not None:
+        yield taken
 
 
 def nanoseconds(stamp: Time) -> int:
@@ -71,8 +94,11 @@ def to_stamp(time: int) -> Time:
 
 
 def be_nice(node) -> None:
-    """Declare `nice` and give way by that much: simulator and planner must not delay the controller on a busy machine."""
-    os.nice(declare(node, 'nice', 10, "added to the process's niceness: 0 competes with the controller, 19 gives way", 0, 19))
+    """Declare `nice` and give way by that much: whoever is not the controller must not delay it on a busy machine."""
+    nice = declare(node, 'nice', 10, "added to the process's niceness: 0 competes with the controller, 19 gives way", 0, 19)
+    for thread in os.listdir('/proc/self/task'):  # Linux counts niceness by thread, and the middleware's run already
+        with suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, int(thread), min(os.getpriority(os.PRIO_PROCESS, int(thread)) + nice, 19))
 
 
 def loud(transition):

@@ -24,7 +24,7 @@ PATIENCE_S = 5.0
 SETTLE_S = 0.1
 """From a reset until joint states of the new pose have reached everybody [s]."""
 MODES = {getattr(ControllerStatus, name): name
-         for name in ('INACTIVE', 'HOLD', 'POLICY', 'TELEOP', 'STOPPING', 'FAULT')}
+         for name in ('INACTIVE', 'HOLD', 'POLICY', 'TELEOP', 'STOPPING', 'FAULT', 'APPROACH')}
 
 
 class SessionError(RuntimeError):
@@ -46,7 +46,8 @@ class Session:
         node.create_subscription(TaskStatus, 'task_status', self._on_task, QoSProfile(depth=10))
         self._reset = node.create_client(ResetTask, 'simulator/reset')
         self._arm = node.create_client(Arm, 'controller/arm')
-        self._disarm = node.create_client(Trigger, 'controller/disarm')
+        self._stop_arm = node.create_client(Trigger, 'controller/stop')
+        self._reset_fault = node.create_client(Trigger, 'controller/reset_fault')
         self._start = node.create_client(StartEpisode, 'recorder/start_episode')
         self._stop = node.create_client(StopEpisode, 'recorder/stop_episode')
         self._executor = SingleThreadedExecutor()
@@ -60,7 +61,7 @@ class Session:
         self._thread.join(timeout=2.0)
 
     def reset(self, scene: Scene) -> int:
-        """Put arm and goal where the scene says, wait until that is seen; the episode's number. Disarm first."""
+        """Put arm and goal where the scene says, wait until that is seen; the episode's number. Stop first."""
         episode = self._call(self._reset, ResetTask.Request(start=scene.start, goal=scene.goal)).episode
         if not self.wait_status(lambda _, task: task.episode == episode and task.elapsed >= SETTLE_S, 5.0):
             raise SessionError(f'task_status shows episode {self.task.episode} after the reset to episode {episode}')
@@ -73,9 +74,12 @@ class Session:
             raise SessionError(f'controller/status does not show epoch {epoch}; mode {self.describe()}')
         return epoch
 
-    def disarm(self) -> None:
-        """Bounded stop, then INACTIVE."""
-        self._call(self._disarm, Trigger.Request())
+    def stop(self) -> None:
+        """Bounded stop, then INACTIVE; a fault is reset."""
+        if self.controller is not None and self.controller.mode == ControllerStatus.FAULT:
+            self._call(self._reset_fault, Trigger.Request(), PATIENCE_S)
+        else:
+            self._call(self._stop_arm, Trigger.Request())
         if not self.wait_status(lambda controller, _: controller.mode == ControllerStatus.INACTIVE, 5.0):
             raise SessionError(f'the controller does not become INACTIVE; mode {self.describe()}')
 

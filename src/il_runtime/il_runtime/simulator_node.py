@@ -1,4 +1,5 @@
-"""The reach-around task as a robot: joint states, goal, camera and task status out, commanded positions in.
+"""The reach-around task as a robot: joint states, goal, camera and task status out, commands in, on every topic and
+of every type that a contract's outputs may have.
 
 Physics runs in a thread of its own on absolute deadlines; services and commands come in through the executor's thread.
 """
@@ -18,10 +19,12 @@ from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, JointState
 from std_msgs.msg import Float64MultiArray
+from trajectory_msgs.msg import JointTrajectory
 
-from il_policies.contract import Stream, load_contract
+from il_policies.contract import Output, Stream, load_contract
 from il_policies.sim.reach_around import CONTROL_PERIOD, JOINTS, PHYSICS_STEP, ReachAround, Scene, SceneError
-from il_runtime.ros import Worker, be_nice, declare, run, to_stamp
+from il_policies.sim.trajectory import TrajectoryError, TrajectoryFollower, arranged
+from il_runtime.ros import Worker, be_nice, declare, nanoseconds, run, to_stamp
 
 STATUS_RATE = 20.0
 """Rate of the task status [Hz of simulated time]."""
@@ -36,7 +39,10 @@ GONE_S = 0.2
 
 
 class SimulatorNode(Node):
-    """Topics come from the contract; `publish_clock` makes this the source of time for nodes with `use_sim_time`."""
+    """Topics come from the contract; `publish_clock` makes this the source of time for nodes with `use_sim_time`.
+
+    What was commanded goes on with simulated time, whoever dies: a set-point is held, a trajectory is followed to its end.
+    """
 
     def __init__(self):
         """Raises ContractError or SceneError for a contract or machine that cannot run this task."""
@@ -56,17 +62,14 @@ class SimulatorNode(Node):
         if sorted(self.contract.action.joints) != sorted(JOINTS):
             raise SceneError(f'this task moves {list(JOINTS)}, '
                              f'the contract commands {list(self.contract.action.joints)}')
-        self.order = [self.contract.action.joints.index(name) for name in JOINTS]
         self.sim = ReachAround(camera=camera)
         self.lock = threading.Lock()  # over the simulation, between its thread and a reset
-        self.target: np.ndarray | None = None
         self.episode = 0
         self.time_ns = STEP_NS  # a stamp of 0 means none
         self.image_sizes: set[tuple[int, int]] = set()
         self.outputs = self._outputs(camera, tuple(size))
         self.clock = self.create_publisher(Clock, '/clock', QoSProfile(depth=10)) if self.publish_clock else None
-        self.create_subscription(Float64MultiArray, self.contract.action.output_topic, self._on_command,
-                                 QoSProfile(depth=1))
+        self.parts = [self._listen(output) for output in self.contract.action.outputs]
         self.create_service(ResetTask, '~/reset', self._on_reset)
 
         self.heard: tuple[int, float] | None = None  # when the last command came: simulated [ns], wall [s]
@@ -104,21 +107,53 @@ class SimulatorNode(Node):
         return [[0, period, lambda stamp, publisher=publisher, make=make: publisher.publish(make(stamp))]
                 for period, publisher, make in entries]
 
+    def _listen(self, output: Output) -> tuple[list[int], TrajectoryFollower]:
+        """Have the joints of an output obey its topic: their columns in JOINTS and their commanded motion."""
+        joints = output.joints or self.contract.action.joints
+        columns = [JOINTS.index(name) for name in joints]
+        motion = TrajectoryFollower(self.sim.joint_positions[columns])
+        kind, move = {
+            'std_msgs/msg/Float64MultiArray': (
+                Float64MultiArray, lambda message: motion.rest(message.data)),
+            'sensor_msgs/msg/JointState': (  # servos take positions; velocities and efforts are not looked at
+                JointState, lambda message: motion.rest(arranged([message.position], message.name, joints)[0])),
+            'trajectory_msgs/msg/JointTrajectory': (
+                JointTrajectory, lambda message: self._follow(message, joints, motion)),
+        }[output.type]
+
+        def on_command(message) -> None:
+            try:
+                move(message)
+            except TrajectoryError as error:
+                self.get_logger().warning(f'{output.topic}: command ignored: {error}', throttle_duration_sec=1.0)
+                return
+            self.heard = (self.time_ns, time.monotonic())
+
+        self.create_subscription(kind, output.topic, on_command, QoSProfile(depth=1))
+        return columns, motion
+
     # --- executor's thread --------------------------------------------------------------------------------------------
-    def _on_command(self, message: Float64MultiArray) -> None:
-        values = np.array(message.data)
-        if values.shape != (len(JOINTS),) or not np.isfinite(values).all():
-            self.get_logger().warning(f'command ignored: {values.tolist()}, must be {len(JOINTS)} finite positions',
-                                      throttle_duration_sec=1.0)
-            return
-        self.target = values[self.order]
-        self.heard = (self.time_ns, time.monotonic())
+    def _follow(self, message: JointTrajectory, joints: tuple[str, ...], motion: TrajectoryFollower) -> None:
+        """Stamp 0: from now. Stamps become simulated time on receipt. Accelerations and efforts are not looked at."""
+        now, start = self.time_ns, nanoseconds(message.header.stamp)
+        if not start:
+            start = now
+        elif not self.publish_clock:
+            start += now - self.get_clock().now().nanoseconds
+        points = message.points
+        times = [(start + nanoseconds(point.time_from_start)) * 1e-9 for point in points]
+        positions = arranged([point.positions for point in points], message.joint_names, joints)
+        velocities = None
+        if any(point.velocities for point in points):
+            velocities = arranged([point.velocities for point in points], message.joint_names, joints)
+        motion.follow(now * 1e-9, times, positions, velocities)
 
     def _on_reset(self, request: ResetTask.Request, response: ResetTask.Response) -> ResetTask.Response:
         try:
             with self.lock:
                 self.sim.reset(Scene(tuple(request.start), tuple(request.goal)))
-                self.target = None
+                for columns, motion in self.parts:
+                    motion.rest(self.sim.joint_positions[columns])
                 self.episode += 1
             response.success = True
         except SceneError as error:
@@ -161,17 +196,24 @@ class SimulatorNode(Node):
                 continue
             count = 1 if self.publish_clock else behind
             with self.lock:
-                if self.target is not None:
-                    self.sim.command(self.target)
-                self.sim.advance(count)
+                for _ in range(count):
+                    self.sim.command(self._target())
+                    self.sim.advance()
+                    self.time_ns += STEP_NS
                 steps += count
-                self.time_ns += count * STEP_NS
                 if self.clock is not None:
                     self.clock.publish(Clock(clock=to_stamp(self.time_ns)))
                 self._publish_due()
         achieved = steps * PHYSICS_STEP / (time.monotonic() - began)
         self.get_logger().info(f'{steps * PHYSICS_STEP:.1f} s simulated at real-time factor {achieved:.2f}')
         self.sim.close()
+
+    def _target(self) -> np.ndarray:
+        """Where every joint is commanded to be now. Shape (6,), order of JOINTS."""
+        target = np.empty(len(JOINTS))
+        for columns, motion in self.parts:
+            target[columns], _ = motion.at(self.time_ns * 1e-9)
+        return target
 
     def _ahead_of_controller(self) -> bool:
         """Faster than real time a few milliseconds of a busy machine are a long time: wait for who commands the arm."""

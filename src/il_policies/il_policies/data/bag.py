@@ -5,6 +5,7 @@ its complete chunks are readable with any streaming mcap reader.
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import struct
@@ -152,8 +153,9 @@ class BagWriter:
         return self.path
 
     def discard(self) -> None:
-        """Drop the recording."""
-        self._stream.close()
+        """Drop the recording, also one that the disk refuses."""
+        with contextlib.suppress(OSError):  # closing writes what is buffered
+            self._stream.close()
         shutil.rmtree(self.part)
 
 

@@ -18,6 +18,10 @@ class DecodeError(DataError):
     """A message that is no sample of its stream."""
 
 
+class NotFiniteError(DecodeError):
+    """A message that holds NaN or infinity."""
+
+
 def decode(message, stream: Stream) -> np.ndarray:
     """The sample in a message: (D,) float64, or (h, w, 3) uint8 RGB in the stream's image size.
 
@@ -37,7 +41,7 @@ def decode(message, stream: Stream) -> np.ndarray:
     if not np.isfinite(values).all():
         names = stream.names or stream.fields
         bad = [f'{name} = {value}' for name, value in zip(names, values, strict=True) if not np.isfinite(value)]
-        raise DecodeError(f'{stream.topic}: not finite: {", ".join(bad)}')
+        raise NotFiniteError(f'{stream.topic}: not finite: {", ".join(bad)}')
     return values
 
 

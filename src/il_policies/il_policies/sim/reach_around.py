@@ -7,22 +7,17 @@ Lengths in [m], angles in [rad], times in [s]. The world frame is the arm's base
 """
 from __future__ import annotations
 
-import ctypes.util
 import functools
-import importlib.metadata
 import os
-import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-if sys.platform == 'linux' and not os.environ.get('DISPLAY'):
-    # Chosen when mujoco is imported. Without libEGL the import itself would fail, even where nothing is rendered.
-    os.environ.setdefault('MUJOCO_GL', 'egl' if ctypes.util.find_library('EGL') else 'disable')
+from il_policies.description import DescriptionError, load_spec  # before mujoco: it chooses how to render
 
-import mujoco  # noqa: E402
+# isort: split
+import mujoco
 
 DESCRIPTION = 'package://example-robot-data/robots/so_arm_description/urdf/so101.urdf'
 JOINTS = ('shoulder_pan', 'shoulder_lift', 'elbow_flex', 'wrist_flex', 'wrist_roll', 'gripper')
@@ -69,8 +64,8 @@ TASK = 'to the goal round the {side}'
 """What a demonstration does, in words."""
 
 
-class SceneError(ValueError):
-    """A scene or a description that cannot be simulated; the message says what was received and what is valid."""
+class SceneError(DescriptionError):
+    """A scene that cannot be simulated; the message says what was received and what is valid."""
 
 
 @dataclass(frozen=True)
@@ -89,45 +84,13 @@ def sample_scene(rng: np.random.Generator) -> Scene:
                  goal=(rng.uniform(*GOAL_X), rng.uniform(*GOAL_Y)))
 
 
-def resolve(uri: str) -> Path:
-    """The file a ``package://<package>/<path>`` URI names.
-
-    Looks in the share folders of `AMENT_PREFIX_PATH` (hyphens and underscores in the package's name are the same), then
-    in the Python distribution of that name. Raises SceneError.
-    """
-    match = re.fullmatch(r'package://([^/]+)/(.+)', uri)
-    if not match:
-        raise SceneError(f'description is {uri!r}, must be package://<package>/<path>')
-    package, path = match.groups()
-    names = dict.fromkeys((package, package.replace('-', '_'), package.replace('_', '-')))
-    prefixes = [Path(prefix) for prefix in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep) if prefix]
-    try:
-        # Wheels made with cmeel carry an install prefix of their own.
-        prefixes.append(Path(importlib.metadata.distribution(package).locate_file('cmeel.prefix')))
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    for prefix in prefixes:
-        for name in names:
-            if (found := prefix / 'share' / name / path).is_file():
-                return found
-    raise SceneError(f'{uri}: not found; install it with "pip install example-robot-data" or source a ROS 2 workspace '
-                     f'that has {package}')
-
-
 @functools.lru_cache(maxsize=1)
 def build_model() -> mujoco.MjModel:
     """The arm on its table with pillar, goal marker and camera; shared by all simulations of a process.
 
     The arm collides with table and pillar, not with itself.
     """
-    urdf = resolve(DESCRIPTION)
-    package, path = re.fullmatch(r'package://([^/]+)/(.+)', DESCRIPTION).groups()
-    share = str(urdf)[:-len(path)]
-    text = urdf.read_text().replace(f'package://{package}/', share)
-    # Static links stay bodies of their own, so that the tip keeps its name.
-    options = '<mujoco><compiler strippath="false" discardvisual="false" fusestatic="false"/></mujoco>'
-    text = re.sub(r'<robot [^>]*>', lambda tag: tag[0] + options, text, count=1)
-    spec = mujoco.MjSpec.from_string(text)
+    spec = load_spec(DESCRIPTION)
     spec.option.timestep = PHYSICS_STEP
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     spec.option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE

@@ -5,15 +5,28 @@ the same step; here chunks carry stamps, so that they may come late, early, doub
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 MODES = ('newest_first', 'oldest_first', 'latest', 'crossfade')
+MAX_MAGNITUDE = 1e4
+"""No joint is there [rad or m]: a larger number is an overflow or garbage."""
 
 
 class ChunkError(ValueError):
     """A chunk that must be refused whole; the message says why."""
+
+
+class NonFiniteError(ChunkError):
+    """NaN, infinity, or a number no joint can have."""
+
+
+def check_finite(positions: np.ndarray) -> None:
+    """Raises NonFiniteError if any of the positions is NaN, infinite or absurd."""
+    if not (np.abs(positions) <= MAX_MAGNITUDE).all():  # NaN compares false
+        raise NonFiniteError(f'positions hold NaN, infinity or a number beyond ±{MAX_MAGNITUDE:g}')
 
 
 @dataclass(frozen=True)
@@ -40,17 +53,16 @@ class Chunk:
 
     def at(self, t: float) -> np.ndarray:
         """Target at time t [s], linear between steps, held beyond both ends. Shape (D,)."""
-        x = min(max((t - self.start) / self.period, 0.0), len(self.positions) - 1.0)
-        i = min(int(x), len(self.positions) - 2) if len(self.positions) > 1 else 0
-        if i == x:
-            return self.positions[i]
-        return self.positions[i] + (x - i) * (self.positions[i + 1] - self.positions[i])
+        positions = self.positions
+        x = min(max((t - self.start) / self.period, 0.0), len(positions) - 1.0)
+        i = int(x)
+        return positions[i] if i == x else positions[i] + (x - i) * (positions[i + 1] - positions[i])
 
 
 def arrange(joint_names, positions, horizon: int, step_period: float, joints: tuple[str, ...]) -> np.ndarray:
     """Check a flat row-major chunk and put its columns into the order of ``joints``. Shape (H, D), float64.
 
-    Raises ChunkError for missing, unknown or doubled names, wrong sizes, a bad period or non-finite values.
+    Raises ChunkError for missing, unknown or doubled names, wrong sizes or a bad period; NonFiniteError for values.
     """
     names = list(joint_names)
     if sorted(names) != sorted(joints):
@@ -63,8 +75,7 @@ def arrange(joint_names, positions, horizon: int, step_period: float, joints: tu
     positions = np.asarray(positions, dtype=np.float64)
     if horizon < 1 or positions.size != horizon * len(names):
         raise ChunkError(f'{positions.size} positions, expected horizon {horizon} × {len(names)} joints')
-    if not np.isfinite(positions).all():
-        raise ChunkError('positions hold NaN or infinity')
+    check_finite(positions)
     return positions.reshape(horizon, len(names))[:, [names.index(name) for name in joints]]
 
 
@@ -75,6 +86,8 @@ class _Member:
     chunk: Chunk
     since: float
     """When it was received [s]: its weight ramps in from here."""
+    delay: float
+    """By how much slowed-down playback was behind when the chunk starts [s]."""
     retired: float = np.inf
     """When a disagreement began to fade it out [s]."""
 
@@ -91,95 +104,143 @@ class Blend:
     """Time since the newest live chunk's observation [s]."""
     disagreement: float
     """Largest joint distance between live chunks, in units of the joint's tolerance."""
+    crossfading: bool
+    """True while chunks that disagree with the newest still have weight."""
+
+
+@dataclass(frozen=True)
+class Blending:
+    """How overlapping chunks become one command. Raises ValueError for what is not valid."""
+
+    mode: str = 'newest_first'
+    """newest_first: w = exp(−m·a), a = age against the newest live chunk in policy steps (a real number).
+    oldest_first: w = exp(−m·b), b = age of the chunk against the oldest (ACT, m = 0.01).
+    crossfade: each chunk is faded over its predecessors, linearly over `seam` seconds.
+    latest: crossfade over the two-tick ramp."""
+    m: float = 0.5
+    """Weight exp(−m·age) of a chunk, age in policy steps."""
+    seam: float = 0.1
+    """Length of a crossfade [s]."""
+    max_disagreement: float = np.inf
+    """Above this distance between live chunks, in tolerances, the newest takes over instead of being averaged."""
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f'ensembling is {self.mode!r}, valid: {", ".join(MODES)}')
+        if not (np.isfinite(self.m) and self.m >= 0):
+            raise ValueError(f'm is {self.m}, must be finite and >= 0')
+        if not (np.isfinite(self.seam) and self.seam > 0):
+            raise ValueError(f'seam is {self.seam}, must be finite and > 0 [s]')
+        if not self.max_disagreement > 0:
+            raise ValueError(f'max_disagreement is {self.max_disagreement}, must be > 0')
 
 
 class Ensembler:
-    """Blend of the live chunks of one epoch.
+    """Blend of the live chunks of one epoch, ordered by the time they start, never by the order of arrival.
 
-    newest_first: w = exp(−m·a), a = age against the newest live chunk in policy steps (a real number).
-    oldest_first: w = exp(−m·b), b = age of the chunk against the oldest (ACT, m = 0.01).
-    crossfade: each chunk is faded over its predecessors, linearly over ``seam`` seconds.
-    latest: crossfade over the two-tick ramp.
     Weights ramp in from receipt and out towards the chunk's end over ``ramp``, so that neither entry nor expiry is a step.
     Averaging chunks of different modes commands something between the modes, which no demonstration did: when live chunks
     differ by more than ``max_disagreement``, all but the newest are faded out over ``seam``.
     """
 
-    def __init__(self, tolerance, mode: str = 'newest_first', m: float = 0.5, ramp: float = 0.04, seam: float = 0.1,
-                 max_disagreement: float = np.inf):
-        """Tolerance: the distance per joint that counts as 1 disagreement [rad or m], shape (D,). Raises ValueError."""
-        if mode not in MODES:
-            raise ValueError(f'ensembling mode {mode!r}, valid: {", ".join(MODES)}')
-        if not (np.isfinite(m) and m >= 0):
-            raise ValueError(f'm is {m}, must be finite and >= 0')
+    def __init__(self, tolerance, blending: Blending = Blending(), ramp: float = 0.04):  # noqa: B008
+        """Tolerance: the distance per joint that counts as 1 disagreement [rad or m], shape (D,); ramp [s]."""
         self.tolerance = np.asarray(tolerance, dtype=np.float64)
-        self.mode, self.m, self.ramp, self.max_disagreement = mode, m, ramp, max_disagreement
-        self.seam = ramp if mode == 'latest' else seam
+        self.blending, self.ramp = blending, ramp
+        self._before, self._switched = blending, -np.inf
         self._epoch = -1
-        self._members: dict[int, _Member] = {}
-        self._seen: set[int] = set()
+        self._members: dict[tuple[float, int], _Member] = {}  # by start and sequence
+        self._seen: dict[tuple[float, int], float] = {}  # keys of chunks that have not ended yet → their end
+
+    def switch(self, blending: Blending, now: float) -> None:
+        """Blend otherwise from ``now`` [s] on; the old way fades out over the new seam."""
+        self._before, self._switched, self.blending = self.blending, now, blending
 
     def reset(self, epoch: int) -> None:
         """Forget everything; from now on only chunks of this epoch count."""
         self._epoch = epoch
-        self._members.clear()
-        self._seen.clear()
+        self.clear()
 
     def clear(self) -> None:
-        """Drop all chunks but keep the epoch. Their sequences may be used again: a planner that restarted counts anew."""
+        """Drop all chunks but keep the epoch."""
         self._members.clear()
         self._seen.clear()
 
-    def add(self, chunk: Chunk, now: float) -> None:
-        """Take a chunk received at ``now`` [s]; a doubled one changes nothing. Raises ChunkError for another epoch."""
+    def add(self, chunk: Chunk, now: float, delay: float = 0.0) -> None:
+        """Take a chunk received at ``now`` [s]; a doubled one changes nothing. Raises ChunkError for another epoch.
+
+        delay: by how much slowed-down playback is behind at the chunk's start, see `at` [s].
+        """
         if chunk.epoch != self._epoch:
             raise ChunkError(f'epoch {chunk.epoch}, the current one is {self._epoch}')
-        if chunk.sequence not in self._seen and chunk.end >= now:
-            self._seen.add(chunk.sequence)
-            self._members[chunk.sequence] = _Member(chunk, now)
+        key = (chunk.start, chunk.sequence)
+        if key not in self._seen and chunk.end >= now:
+            self._seen = {known: end for known, end in self._seen.items() if end >= now}
+            self._seen[key] = chunk.end
+            self._members[key] = _Member(chunk, now, delay)
 
     @property
     def end(self) -> float:
         """Until when any chunk covers [s]; −inf without chunks."""
         return max((member.chunk.end for member in self._members.values()), default=-np.inf)
 
-    def at(self, t: float) -> Blend | None:
-        """The blend at time t [s] (t never goes back within an epoch), or None where no chunk covers t."""
-        for sequence, member in list(self._members.items()):
-            if member.chunk.end < t or member.retired + self.seam <= t:
-                del self._members[sequence]
-        live = [m for _, m in sorted(self._members.items()) if m.chunk.start <= t]  # oldest to newest
+    def at(self, t: float, delay: float = 0.0) -> Blend | None:
+        """The blend at time t [s] (t never goes back within an epoch), or None where no chunk covers t.
+
+        delay: by how much slowed-down playback is behind at t [s]. A chunk is followed as far as its own delay allows, but
+        it expires when it would at full speed: slow is never stale.
+        """
+        seam = self._seam(self.blending)
+        for key, member in list(self._members.items()):
+            if member.chunk.end < t or member.retired + seam <= t:
+                del self._members[key]
+        live = [m for _, m in sorted(self._members.items(), key=lambda item: item[0]) if m.chunk.start <= t]
         if not live:
             return None
         newest = live[-1]
-        points = np.stack([member.chunk.at(t) for member in live])
-        disagreement = np.max(np.ptp(points, axis=0) / self.tolerance)
-        standing = [i for i, member in enumerate(live) if member.retired > t]
-        if np.max(np.ptp(points[standing], axis=0) / self.tolerance) > self.max_disagreement:
-            for member in live[:-1]:
-                member.retired = min(member.retired, t)
-        weights = self._weights(live, t)
-        positions = weights @ points / weights.sum()
-        return Blend(positions, len(live), t - newest.chunk.observed, float(disagreement))
+        newest.retired = np.inf  # what was newer and disagreed with it has ended
+        points = np.array([member.chunk.at(t - (delay - member.delay)) for member in live])
+        disagreement = self._disagreement(points)
+        if disagreement > self.blending.max_disagreement:
+            standing = [i for i, member in enumerate(live) if member.retired > t]
+            if self._disagreement(points[standing]) > self.blending.max_disagreement:
+                for member in live[:-1]:
+                    member.retired = min(member.retired, t)
+        positions = self._weights(self.blending, live, t) @ points
+        fraction = (t - self._switched) / seam
+        if fraction < 1:
+            positions = fraction * positions + (1 - fraction) * (self._weights(self._before, live, t) @ points)
+        return Blend(positions, len(live), t - newest.chunk.observed, disagreement,
+                     any(member.retired < np.inf for member in live))
 
-    def _weights(self, live: list[_Member], t: float) -> np.ndarray:
+    def _disagreement(self, points: np.ndarray) -> float:
+        """Largest joint distance between points, shape (number of chunks, D), in tolerances."""
+        return float(((points.max(axis=0) - points.min(axis=0)) / self.tolerance).max())
+
+    def _seam(self, blending: Blending) -> float:
+        return self.ramp if blending.mode == 'latest' else blending.seam
+
+    def _weights(self, blending: Blending, live: list[_Member], t: float) -> np.ndarray:
+        """Weights of the live chunks, oldest to newest, summing to 1. Shape (number of live chunks,)."""
         newest, oldest = live[-1].chunk, live[0].chunk
-        if self.mode == 'newest_first':
-            base = [np.exp(-self.m * (newest.start - member.chunk.start) / newest.period) for member in live]
-        elif self.mode == 'oldest_first':
-            base = [np.exp(-self.m * (member.chunk.start - oldest.start) / newest.period) for member in live]
+        if blending.mode == 'newest_first':
+            base = [math.exp(-blending.m * (newest.start - member.chunk.start) / newest.period) for member in live]
+        elif blending.mode == 'oldest_first':
+            base = [math.exp(-blending.m * (member.chunk.start - oldest.start) / newest.period) for member in live]
         else:
-            base, below = [0.0] * len(live), 1.0
+            base, below, seam = [0.0] * len(live), 1.0, self._seam(blending)
             for i in range(len(live) - 1, -1, -1):
-                shown = min(max((t - live[i].since) / self.seam, 0.0), 1.0) if i else 1.0
+                shown = min(max((t - live[i].since) / seam, 0.0), 1.0) if i else 1.0
                 base[i], below = shown * below, (1.0 - shown) * below
         base = np.asarray(base)
-        faded = base * [self._fade(member, t) for member in live]
+        faded = base * [self._fade(blending, member, t) for member in live]
         # A chunk alone, on its first or last tick, has nothing to fade against.
-        return faded if faded.sum() > 1e-9 * base.sum() else base
+        weights = faded if faded.sum() > 1e-9 * base.sum() else base
+        return weights / weights.sum()
 
-    def _fade(self, member: _Member, t: float) -> float:
-        entering = (t - member.since) / self.ramp if self.mode in ('newest_first', 'oldest_first') else 1.0
+    def _fade(self, blending: Blending, member: _Member, t: float) -> float:
+        # What is fading out does not go on fading in: an older chunk that comes late and disagrees never counts.
+        entering = (min(t, member.retired) - member.since) / self.ramp if blending.mode in MODES[:2] else 1.0
         leaving = (member.chunk.end - t) / self.ramp
-        retiring = 1.0 - (t - member.retired) / self.seam if t > member.retired else 1.0
+        retiring = 1.0 - (t - member.retired) / self._seam(blending) if t > member.retired else 1.0
         return min(max(min(entering, leaving, 1.0), 0.0), 1.0) * max(retiring, 0.0)

@@ -6,6 +6,7 @@ stop. Here a velocity is only allowed if a full stop at the acceleration limit s
 from __future__ import annotations
 
 import numpy as np
+from ruckig import ControlInterface, InputParameter, Result, Ruckig, RuckigError, Synchronization, Trajectory
 
 from il_policies.contract import Contract
 
@@ -13,14 +14,25 @@ from il_policies.contract import Contract
 def stopping_speed(distance: np.ndarray, acceleration: np.ndarray, period: float) -> np.ndarray:
     """Largest speed for the next tick after which a stop still fits within ``distance``. Same shape, >= 0.
 
-    With ticks of length P and deceleration a, a joint at speed v = (n + f)·a·P (n whole, 0 <= f < 1) travels
-    P·((n + 1)·v − a·P·n·(n + 1)/2) until rest, this tick included. The inverse of that piecewise linear function.
+    |v| ≤ √(2·a·distance), discretised: with ticks of length P, the v that solves v·P + v²/(2a) = distance, so that after the
+    tick even a stop in continuous time fits (a robot that hears nothing more brakes so). Braking by a·P a tick keeps it true.
     distance [rad or m], acceleration [rad/s² or m/s²], period [s].
     """
-    distance = np.maximum(distance, 0.0)
-    quantum = acceleration * period * period
-    n = np.floor((np.sqrt(1.0 + 8.0 * distance / quantum) - 1.0) / 2.0)
-    return (distance / period + acceleration * period * n * (n + 1.0) / 2.0) / (n + 1.0)
+    per_tick = acceleration * period
+    return np.sqrt(per_tick**2 + 2.0 * acceleration * np.maximum(distance, 0.0)) - per_tick
+
+
+class Ramp:
+    """A planned motion to rest: where D joints shall be at a time."""
+
+    def __init__(self, began: float, trajectory: Trajectory):
+        """began: time at which the trajectory starts [s]."""
+        self._began, self._trajectory = began, trajectory
+        self.end = began + trajectory.duration
+
+    def at(self, t: float) -> np.ndarray:
+        """Positions at time t [s], held beyond both ends. Shape (D,)."""
+        return np.array(self._trajectory.at_time(min(max(t - self._began, 0.0), self._trajectory.duration))[0])
 
 
 class Gate:
@@ -34,47 +46,116 @@ class Gate:
         self.lower, self.upper = np.asarray(lower, float), np.asarray(upper, float)
         self.max_velocity, self.max_acceleration = np.asarray(velocity, float), np.asarray(acceleration, float)
         self.period = period
+        self._change = self.max_acceleration * period
+        self._planner, self._motion = Ruckig(len(self.lower)), InputParameter(len(self.lower))
+        self._motion.max_jerk = [np.inf] * len(self.lower)
         self.rest((self.lower + self.upper) / 2)
 
     def rest(self, positions) -> None:
-        """Start anew, at rest at these positions, shape (D,). Raises ValueError if they are not finite or out of limits."""
+        """Start anew, at rest at these positions, shape (D,). Raises ValueError if they are not finite.
+
+        A joint that starts beyond a limit is never pushed: it may only move back.
+        """
         positions = np.array(positions, dtype=np.float64)
-        if not np.isfinite(positions).all() or (positions < self.lower).any() or (positions > self.upper).any():
-            raise ValueError(f'cannot rest at {positions}: not finite or outside [{self.lower}, {self.upper}]')
+        if not np.isfinite(positions).all():
+            raise ValueError(f'cannot rest at {positions}: not finite')
         self.position, self.velocity = positions, np.zeros_like(positions)
+        self.clamped = np.zeros(len(positions), dtype=bool)
+        self.lag = np.zeros_like(positions)
         self._target = positions
 
-    def step(self, target: np.ndarray | None) -> bool:
-        """Move one tick towards ``target``, shape (D,), or stop if None. True if a limit held the command back.
+    def step(self, target: np.ndarray | None, speed: float = 1.0) -> np.ndarray:
+        """Move one tick towards ``target``, shape (D,), or stop if None; the new position, shape (D,).
 
-        A target that moves within the limits is followed without lag; after a jump the joint approaches it at the largest
-        speed from which it can still meet the target's own motion. Raises ValueError for a non-finite target.
+        speed: share of the velocity limits that may be used, 0 to 1. Afterwards `clamped` tells which joints a limit held
+        back, and `lag` by how much. A target that moves within the limits is followed without lag; after a jump the joint
+        approaches it at the largest speed from which it can still meet the target's own motion.
+        Raises ValueError for a non-finite target; the gate then stays as it is.
         """
+        lowest, highest = np.minimum(self.lower, self.position), np.maximum(self.upper, self.position)
         if target is None:
-            wanted, self._target = np.zeros_like(self.velocity), None
+            wanted, asked, self._target = np.zeros_like(self.velocity), None, None
         else:
-            target = np.asarray(target, dtype=np.float64)
-            if not np.isfinite(target).all():  # np.clip would pass NaN on
-                raise ValueError(f'target is not finite: {target}')
-            asked, target = target, np.clip(target, self.lower, self.upper)
+            asked = np.asarray(target, dtype=np.float64)
+            if not np.isfinite(asked).all():  # minimum and maximum would pass NaN on
+                raise ValueError(f'target is not finite: {asked}')
+            target = np.minimum(np.maximum(asked, lowest), highest)
             before = target if self._target is None else self._target
-            feed_forward = np.clip((target - before) / self.period, -self.max_velocity, self.max_velocity)
+            feed_forward = np.minimum(np.maximum((target - before) / self.period, -self.max_velocity), self.max_velocity)
             gap = target - self.position - feed_forward * self.period
             wanted = feed_forward + np.sign(gap) * stopping_speed(np.abs(gap), self.max_acceleration, self.period)
             self._target = target
-        change = self.max_acceleration * self.period
-        low = np.maximum(self.velocity - change, -self.max_velocity)
-        high = np.minimum(self.velocity + change, self.max_velocity)
+        change = self._change
+        # A lower speed is reached by braking, not at once.
+        most = np.maximum(self.max_velocity * speed, np.abs(self.velocity) - change)
+        low, high = np.maximum(self.velocity - change, -most), np.minimum(self.velocity + change, most)
         low = np.maximum(low, -stopping_speed(self.position - self.lower, self.max_acceleration, self.period))
         high = np.minimum(high, stopping_speed(self.upper - self.position, self.max_acceleration, self.period))
-        velocity = np.minimum(np.maximum(wanted, low), high)
-        position = self.position + velocity * self.period
+        self.velocity = np.minimum(np.maximum(wanted, low), high)
         # Rounding may carry the last bit over the bound; the bound is exact.
-        self.position = np.minimum(np.maximum(position, self.lower), self.upper)
-        self.velocity = velocity
-        if target is None:
-            return False
-        return bool(np.any(np.abs(self.position - asked) > 1e-9))
+        self.position = position = np.minimum(np.maximum(self.position + self.velocity * self.period, lowest), highest)
+        self.lag = np.zeros_like(position) if asked is None else np.abs(asked - self.position)
+        self.clamped = self.lag > 1e-9
+        return self.position
+
+    def stop_ramp(self, now: float) -> Ramp:
+        """A stop from where the command stands at ``now`` [s]: all joints come to rest together, which keeps the direction
+        of the motion, unless one would leave its limits; then each brakes as hard as it may.
+
+        As every ramp it is a target for `step`, which has the last word. Raises RuntimeError if Ruckig finds none.
+        """
+        self._motion.control_interface = ControlInterface.Velocity
+        self._motion.synchronization = Synchronization.Phase
+        ramp = self._plan(now, self.max_velocity, self.max_acceleration)
+        rest = ramp.at(ramp.end)
+        if (rest < self.lower).any() or (rest > self.upper).any():
+            self._motion.synchronization = Synchronization.No
+            ramp = self._plan(now, self.max_velocity, self.max_acceleration)
+        return ramp
+
+    def approach_ramp(self, now: float, goal: np.ndarray, speed: float) -> Ramp:
+        """A straight way in joint space to ``goal``, shape (D,), clipped to the limits, at a share ``speed`` of the velocity
+        and acceleration limits, from ``now`` [s]. Raises RuntimeError if Ruckig finds none.
+        """
+        self._motion.control_interface, self._motion.synchronization = ControlInterface.Position, Synchronization.Phase
+        self._motion.target_position = np.clip(goal, self.lower, self.upper)
+        return self._plan(now, self.max_velocity * speed, self.max_acceleration * speed)
+
+    def _plan(self, now: float, velocity: np.ndarray, acceleration: np.ndarray) -> Ramp:
+        motion, trajectory = self._motion, Trajectory(len(self.lower))
+        motion.current_position, motion.current_velocity = self.position, self.velocity
+        motion.target_velocity = np.zeros_like(self.velocity)
+        motion.max_velocity, motion.max_acceleration = velocity, acceleration
+        try:
+            result = self._planner.calculate(motion, trajectory)
+        except (RuckigError, ValueError) as error:  # its binding does not know all results
+            raise RuntimeError(f'no motion planned: {error}') from None
+        if result not in (Result.Working, Result.Finished):
+            raise RuntimeError(f'no motion planned: {result}')
+        self._target = self.position  # the ramp starts here, whatever was asked for before
+        return Ramp(now, trajectory)
+
+    def run_out(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a robot shall do that hears nothing more: this set-point, one tick at its velocity, a ramp to rest.
+
+        Times from now [s], shape (N,), strictly rising; positions and velocities, shape (N, D). Exact for cubic
+        interpolation: between the moments at which joints come to rest all accelerations are constant.
+        """
+        low = -stopping_speed(self.position - self.lower, self.max_acceleration, self.period)
+        high = stopping_speed(self.upper - self.position, self.max_acceleration, self.period)
+        velocity = np.minimum(np.maximum(self.velocity, low), high)
+        braking = np.abs(velocity) / self.max_acceleration
+        if not velocity.any():
+            return np.array([self.period]), self.position[None], np.zeros((1, len(velocity)))
+        # In whole milliseconds, since stamps must rise, and upwards, since a joint must be at rest where its ramp ends.
+        knots = np.unique(np.ceil(braking[braking > 0] * 1e3) * 1e-3)[:, None]
+        passed = np.minimum(knots, braking)
+        positions = self.position + velocity * (self.period + passed * (1.0 - 0.5 * passed / np.maximum(braking, 1e-12)))
+        velocities = velocity * (1.0 - passed / np.maximum(braking, 1e-12))
+        velocities[-1] = 0.0
+        times = np.concatenate([[self.period, 2 * self.period], 2 * self.period + knots[:, 0]])
+        return (times, np.vstack([self.position, self.position + velocity * self.period, positions]),
+                np.vstack([velocity, velocity, velocities]))
 
     @property
     def stopping_time(self) -> float:

@@ -85,7 +85,7 @@ def over_dds(contract: Contract, scenes: list[Scene], save: Path, healthy: Calla
             if shown is None or (success and not shown[0]):
                 shown = (success, scene, commands, list(spectator.joints), list(spectator.chunks))
             progress(i + 1, fault or ('touched the pillar' if touched else 'reached' if reached else 'not reached'))
-        session.disarm()
+        session.stop()
         last = spectator.statuses[-1]
     finally:
         session.close()
@@ -118,7 +118,7 @@ def _wait_for_planner(node, healthy: Callable[[], None]) -> None:
 
 def _episode(session: Session, spectator: Spectator, scene: Scene) -> tuple[bool, bool, str]:
     """Reset, arm, watch; (reached, touched, why the controller faulted or '')."""
-    session.disarm()
+    session.stop()
     session.reset(scene)
     spectator.clear()
     session.arm()
