@@ -103,6 +103,16 @@ def test_a_refused_arming_does_not_come_true_later(nodes, node, tmp_path):
     change(Transition.TRANSITION_DEACTIVATE)
     wait_for(lambda: arm.mode == ControllerStatus.INACTIVE, what='INACTIVE after deactivation')
     assert not call(node, Arm, 'controller/arm').success
+    # Configured anew it is the only one on its topics.
+    for transition in (Transition.TRANSITION_CLEANUP, Transition.TRANSITION_CONFIGURE, Transition.TRANSITION_ACTIVATE):
+        change(transition)
+    epoch = arm.arm()
+    arm.send(epoch, np.linspace(0, 0.5, 16))
+    wait_for(lambda: arm.position[0] > 0.1, what='motion')
+    assert len(node.get_publishers_info_by_topic('/command')) == 1
+    change(Transition.TRANSITION_ACTIVE_SHUTDOWN)
+    wait_for(lambda: arm.mode == ControllerStatus.INACTIVE, what='a stop on shutdown')
+    arm.assert_within_limits()
 
 
 # --- outputs -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from il_policies.contract import load_contract
 from il_runtime.core.controller import Controller, Settings
-from il_runtime.core.ensembling import Chunk, ChunkError, Ensembler
+from il_runtime.core.ensembling import Blending, Chunk, ChunkError, Ensembler
 from il_runtime.core.mode import Mode
 
 PERIOD = 0.02
@@ -191,17 +191,36 @@ def test_missed_ticks_are_made_up_for_and_long_pauses_are_not(arm):
     np.testing.assert_array_equal(arm.sent[-1][1], command)
 
 
-def test_after_a_pause_a_trajectory_controller_s_arm_is_where_its_ramp_ended(root):
+@pytest.mark.parametrize('paused', [4, 5, 7, 9, 12, 50])
+@pytest.mark.parametrize('seconds', [0.1, 0.4])
+def test_after_a_pause_a_trajectory_controller_s_arm_goes_on_from_its_ramp(root, paused, seconds):
     arm = Arm(root)
     output = dataclasses.replace(arm.contract.action.outputs[0], type='trajectory_msgs/msg/JointTrajectory')
     contract = dataclasses.replace(arm.contract, action=dataclasses.replace(arm.contract.action, outputs=(output,)))
     arm.controller = Controller(contract, arm.controller.ensembler)
-    arm.follow()
-    stands = arm.controller.gate.run_out()[1][-1]
-    assert stands[0] - arm.measured[0] > 0.02
-    arm.t += 1.0
-    arm.controller.joint_state(arm.t, stands, arm.t)
-    np.testing.assert_array_equal(arm.controller.tick(arm.t, elapsed=50), stands)
+    arm.follow(np.linspace(0, 1.5, 8), seconds)
+    times, positions, velocities = arm.controller.gate.run_out()
+
+    def robot(t):  # that has heard nothing since: the second point is a period after the first
+        i = min(max(int(np.searchsorted(times, t)) - 1, 0), len(times) - 2)
+        h, s = times[i + 1] - times[i], min((t - times[i]) / (times[i + 1] - times[i]), 1.0)
+        return ((2 * s**3 - 3 * s**2 + 1) * positions[i] + (s**3 - 2 * s**2 + s) * h * velocities[i]
+                + (3 * s**2 - 2 * s**3) * positions[i + 1] + (s**3 - s**2) * h * velocities[i + 1])
+
+    arm.t += paused * PERIOD
+    arm.controller.joint_state(arm.t, robot(paused * PERIOD), arm.t)
+    command = arm.controller.tick(arm.t, elapsed=paused)
+    # Of where the robot will be when it gets there, this is no more than the braking of a tick off.
+    np.testing.assert_allclose(command, robot((paused + 1) * PERIOD), atol=15 * PERIOD**2)
+    path = [robot(paused * PERIOD), command]
+    arm.measured = command.copy()
+    for _ in range(20):
+        arm.run(PERIOD)
+        path.append(arm.sent[-1][1])
+    velocity = np.diff(path, axis=0) / PERIOD
+    assert np.abs(velocity).max() <= 2.5 * (1 + 1e-9)
+    assert np.abs(np.diff(velocity, axis=0)).max() / PERIOD <= 15 * 1.05, 'but for the whole milliseconds of its ramp'
+    assert arm.mode == Mode.HOLD
 
 
 def test_sensors_are_fresh_by_their_stamps_and_a_clock_ahead_keeps_no_dead_one_alive(arm):
@@ -435,13 +454,15 @@ def test_a_takeover_that_is_too_far_away_stops_the_policy_all_the_same(arm):
     arm.assert_within_limits()
 
 
-def test_a_held_arm_is_no_human_s_until_the_dead_man_was_let_go(arm):
+def test_a_held_arm_is_nobody_s_until_it_is_armed_again(arm):
     arm.arm()
     arm.run(0.3, human=pan(0.05))
     arm.controller.hold()
     arm.run(0.3, human=pan(0.05))
-    assert arm.mode == Mode.HOLD
     arm.controller.release()
+    arm.run(0.1, human=pan(0.05))
+    assert arm.mode == Mode.HOLD
+    arm.controller.arm(arm.t)
     arm.run(0.1, human=pan(0.05))
     assert arm.mode == Mode.TELEOP
 
@@ -469,3 +490,125 @@ def test_a_chunk_is_used_at_the_next_tick(arm):
     arm.controller.add_chunk(arm.chunk([0.02] * 16, sequence=1), arm.t + 0.7 * PERIOD)
     arm.run(PERIOD)
     assert arm.measured[0] > 1e-4
+
+
+# --- found in review -----------------------------------------------------------------------------------------------------
+def test_a_stop_survives_a_pause_with_a_human_at_the_arm(arm):
+    arm.arm()
+    arm.run(0.5, human=lambda t: pan(0.5 * (t - 0.1)))
+    arm.controller.stop()
+    arm.t += 5 * PERIOD
+    arm.controller.joint_state(arm.t, arm.measured, arm.t)
+    arm.controller.teleop(arm.t, arm.measured, arm.t)
+    arm.controller.tick(arm.t, elapsed=5)
+    arm.run(0.5, human=lambda t: arm.measured)
+    assert arm.mode == Mode.INACTIVE
+
+
+def test_a_human_whose_commands_come_late_stops_the_policy(arm):
+    arm.follow()
+    for _ in range(5):
+        arm.controller.teleop(arm.t - 0.3, arm.measured, arm.t)
+        arm.run(PERIOD)
+    assert arm.mode in (Mode.STOPPING, Mode.HOLD) and 'newest teleop command is 0.3' in arm.controller.reason
+
+
+def test_a_human_ends_the_approach_of_a_policy(arm):
+    arm.arm(approach=True)
+    arm.controller.add_chunk(arm.chunk([0.8] * 60), arm.t)
+    arm.run(0.5)
+    assert arm.mode == Mode.APPROACH
+    here = arm.measured
+    arm.run(0.5, human=here)
+    assert arm.mode == Mode.TELEOP
+    arm.assert_within_limits()
+
+
+def test_a_far_human_is_approached_if_that_was_allowed(arm):
+    arm.arm(approach=True)
+    arm.run(1.0, human=pan(0.5))
+    assert arm.mode == Mode.APPROACH and arm.measured[0] > 0.01
+    arm.run(0.3)
+    assert arm.mode == Mode.HOLD, 'let go, or lost'
+    arm.controller.arm(arm.t, approach=True)
+    arm.run(6.0, human=pan(0.5))
+    assert arm.mode == Mode.TELEOP
+    np.testing.assert_allclose(arm.measured[0], 0.5, atol=1e-9)
+
+
+def test_an_approach_ends_with_what_it_approaches(arm):
+    arm.arm(approach=True)
+    arm.controller.add_chunk(arm.chunk([0.8] * 6), arm.t)
+    arm.run(1.0)
+    assert arm.mode == Mode.HOLD and 'no fresh chunk' in arm.controller.reason and arm.measured[0] < 0.2
+
+
+def test_an_approach_stays_slow_when_the_speed_scale_comes_back(arm):
+    arm.arm(approach=True)
+    for i in range(60):
+        arm.controller.add_chunk(arm.chunk([0.8] * 16, sequence=i), arm.t)
+        arm.controller.speed_scale = 0.0 if 5 < i < 25 else 1.0
+        arm.run(0.1)
+    velocity = np.diff([command[0] for _, command in arm.sent]) / PERIOD
+    assert velocity.max() <= 0.25 * (1 + 1e-6)
+
+
+def test_what_cannot_be_approached_is_refused_with_the_reason(arm):
+    arm.measured[0] = 5000.0  # degrees, or ticks
+    ok, message = arm.arm(approach=True)
+    assert not ok and 'no slow way back' in message and arm.mode == Mode.INACTIVE
+    arm.measured[0] = 2.2
+    arm.controller.speed_scale = 0.0
+    assert 'speed_scale is 0 %, too slow to approach' in arm.arm(approach=True)[1]
+    assert arm.mode == Mode.INACTIVE
+
+
+def test_a_human_of_an_earlier_arming_does_not_count(arm):
+    arm.arm()
+    arm.run(0.3, human=pan(0.02))
+    arm.controller.stop()
+    arm.run(5.0)
+    assert arm.arm()[0]
+    arm.run(0.1)
+    assert arm.controller.follows_chunks and arm.mode == Mode.HOLD
+
+
+def test_pauses_do_not_keep_a_dead_sensor_alive(arm):
+    arm.follow()
+    for _ in range(10):
+        arm.run(4 * PERIOD, joint_states=False)
+        arm.t += 4 * PERIOD
+        arm.controller.tick(arm.t, elapsed=4)
+    assert arm.mode == Mode.FAULT and 'joint states older' in arm.controller.reason
+
+
+def test_the_command_that_comes_to_rest_is_sent(arm):
+    arm.follow()
+    arm.controller.stop()
+    while arm.mode != Mode.INACTIVE:
+        arm.run(PERIOD)
+    np.testing.assert_array_equal(arm.sent[-1][1], arm.controller.gate.position)
+    count = len(arm.sent)
+    arm.run(0.1)
+    assert len(arm.sent) == count
+
+
+def test_chunks_with_a_gap_between_them_cover_until_the_gap(arm):
+    arm.follow(np.linspace(0, 1.5, 11))
+    arm.controller.add_chunk(arm.chunk(np.linspace(1.5, 1.6, 8), sequence=9, start=arm.t + 0.9), arm.t)
+    arm.run(1.0)
+    assert arm.mode in (Mode.STOPPING, Mode.HOLD) and arm.controller.reason == 'no fresh chunk'
+    arm.assert_within_limits()
+
+
+def test_a_clock_that_jumps_back_after_a_switch_extrapolates_nothing(arm):
+    arm.follow()
+    arm.controller.ensembler.switch(Blending('latest'), arm.t)
+    arm.t -= 0.5
+    arm.controller.clock_jumped(arm.t)
+    arm.run(0.4)
+    for i, value in enumerate((0.0, 0.1)):
+        arm.controller.add_chunk(arm.chunk([arm.measured[0] + value] * 16, sequence=i), arm.t)
+    here = arm.measured[0]
+    arm.run(0.5)
+    assert here - 1e-9 <= arm.measured[0] <= here + 0.1 + 1e-9

@@ -235,6 +235,7 @@ def test_arrange_matches_by_name(show):
     (['a', 'b'], [1, np.inf], 1, 0.1, 'infinity'),
     (['a', 'b'], [1, 2], 1, 0.0, 'step_period is 0.0'),
     (['a', 'b'], [1, 2], 1, float('nan'), 'step_period is nan'),
+    (['a', 'b'], [1, 2, 3, 4], 2, 31.0, 'must cover at most 30 s'),
 ])
 def test_arrange_refuses(names, positions, horizon, period, message):
     with pytest.raises(ChunkError, match=message):

@@ -1,11 +1,15 @@
 """Guards of the core that no other test would miss (test/soak/test_guard_removal.py removes them in turn)."""
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from il_runtime.core.controller import Controller
 from il_runtime.core.ensembling import Blending, Chunk, ChunkError, Ensembler, arrange
 from il_runtime.core.mode import Mode
+from il_runtime.core.teleop import Choice, Gamepad, Layout, Speeds
 from test_controller import PERIOD, Arm, pan
 from test_safety import UPPER, gate, moving
 
@@ -179,14 +183,25 @@ def test_approaches_heed_the_speed_scale_and_need_one(arm):
     assert velocity(arm).max() == pytest.approx(0.1 * 0.2 * 2.5)
 
 
+def test_an_approach_that_would_take_hours_breaks_nothing(arm):
+    slow = tuple(dataclasses.replace(joint, velocity=0.1) for joint in arm.contract.joints)
+    arm.controller = Controller(dataclasses.replace(arm.contract, joints=slow), arm.controller.ensembler)
+    arm.controller.speed_scale = arm.controller.scale = 0.0
+    arm.measured[0] = 2.2  # 0.3 rad outside, at a thousandth of a tenth of 0.1 rad/s
+    arm.arm(approach=True)
+    arm.run(0.2)
+    assert 'internal error' not in arm.controller.reason
+
+
 # --- controller: chunks with a gap ------------------------------------------------------------------------------------------
-def test_a_gap_between_chunks_is_a_stop_and_what_comes_after_it_is_not_followed(arm):
+def test_before_a_gap_between_chunks_the_arm_stops_and_what_comes_after_it_is_not_followed(arm):
     arm.arm()
-    arm.controller.add_chunk(arm.chunk(np.linspace(0, 0.2, 6)), arm.t)
-    arm.controller.add_chunk(arm.chunk([0.2] * 6, sequence=1, start=arm.t + 0.8), arm.t)
+    begin = arm.t
+    arm.controller.add_chunk(arm.chunk(np.linspace(0, 0.4, 6)), begin)
+    arm.controller.add_chunk(arm.chunk([0.4] * 6, sequence=1, start=begin + 0.8), begin)
+    arm.run(0.5 + PERIOD)
+    assert arm.mode == Mode.HOLD and arm.controller.reason == 'no fresh chunk', 'at rest when the horizon ends'
     arm.run(0.6)
-    assert arm.mode in (Mode.STOPPING, Mode.HOLD) and arm.controller.reason == 'no fresh chunk'
-    arm.run(0.5)
     assert arm.mode == Mode.HOLD
     arm.assert_within_limits()
 
@@ -249,3 +264,11 @@ def test_a_command_stamped_ahead_keeps_no_silent_human_in_charge(arm):
     assert arm.mode == Mode.TELEOP
     arm.run(0.2)
     assert arm.mode == Mode.HOLD
+
+
+# --- gamepad --------------------------------------------------------------------------------------------------------------------
+def test_a_gamepad_without_the_buttons_of_the_layout_is_refused(arm):
+    choice = Choice(arm.contract, print)
+    pad = Gamepad(arm.contract, 0, Layout(gripper_buttons=(1, 2)), Speeds(0.1, 0.5, 0.5), 5, choice)
+    with pytest.raises(ValueError, match='button 2 are wanted'):
+        pad.read(0.0, [], [1, 0])

@@ -169,7 +169,8 @@ def test_running_out_is_two_ticks_then_a_stop_inside_all_limits(target, ticks):
     times, positions, velocities = g.run_out()
     np.testing.assert_array_equal(positions[0], g.position)
     assert not velocities[-1].any() and (np.diff(times) > 5e-4).all() and times[0] == PERIOD
-    assert times[-1] <= 2 * PERIOD + np.max(np.abs(g.velocity) / ACCELERATION) + 1e-3
+    assert times[-1] <= 2 * PERIOD + np.max(np.abs(velocities[0]) / ACCELERATION) + 1e-3
+    assert (np.abs(velocities[0]) <= np.abs(g.velocity) + ACCELERATION * PERIOD / 2).all()
     # A robot's cubic interpolation, written out densely.
     for i in range(len(times) - 1):
         h = times[i + 1] - times[i]

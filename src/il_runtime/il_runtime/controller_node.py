@@ -10,9 +10,10 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
@@ -78,7 +79,9 @@ class ControllerNode(LifecycleNode):
                 'control [s]; not while armed', 0.04, 1.0, **live)
         declare(self, 'approach_speed', 100 * default.approach_speed, 'speed of an approach, share of the velocity and '
                 'acceleration limits [%]; not while armed', 1.0, 100.0, **live)
-        if declare(self, 'autostart', True, 'configure and activate at once'):
+        autostart = declare(self, 'autostart', True, 'configure and activate at once')
+        self.permanent = set(self._entities())
+        if autostart:
             start(self)
 
     # --- lifecycle ----------------------------------------------------------------------------------------------------
@@ -95,7 +98,6 @@ class ControllerNode(LifecycleNode):
                               ramp=2.0 / self.contract.control_rate)
         # Wall-clock milliseconds: a restarted controller never issues an epoch that a late chunk could carry.
         self.controller = Controller(self.contract, ensembler, time.time_ns() // 1_000_000, settings(value))
-        self.controller.speed_scale = self.controller.scale = value['speed_scale'] / 100
         self.state_stream = self.contract.observations[self.contract.joint_state]
         self.state_order = [self.state_stream.names.index(name) for name in self.contract.action.joints]
         self.inbox: deque = deque(maxlen=1000)
@@ -106,7 +108,7 @@ class ControllerNode(LifecycleNode):
         self.recent = np.full(REMEMBERED, np.nan)
         self.announced, self.told = None, 0.0
         self.others: list[str] = []
-        self.stalled, self.scheduler = False, 'not running'
+        self.stalled, self.ending, self.scheduler = False, False, 'not running'
 
         self.outputs = Outputs(self, self.contract)
         self.status = self.create_publisher(ControllerStatus, '~/status', STATUS_QOS)
@@ -133,7 +135,8 @@ class ControllerNode(LifecycleNode):
     def on_activate(self, state) -> TransitionCallbackReturn:
         """Start the loop; the arm stays INACTIVE until armed."""
         self.inbox.clear()
-        self.running = True
+        self._apply(self._values(), self.clock.now())
+        self.running, self.ending = True, False
         self.thread = Worker(self._loop, 'control')
         self.thread.start()
         return super().on_activate(state)
@@ -143,10 +146,29 @@ class ControllerNode(LifecycleNode):
         self.finish(lambda: time.sleep(0.01))
         return super().on_deactivate(state)
 
+    def on_cleanup(self, state) -> TransitionCallbackReturn:
+        """Give up what configure opened, so that it can be configured anew."""
+        for entity, destroy in self._entities().items():
+            if entity not in self.permanent:
+                destroy(entity)
+        self.remove_on_set_parameters_callback(self._on_parameters)
+        return super().on_cleanup(state)
+
+    def on_shutdown(self, state) -> TransitionCallbackReturn:
+        """Bounded stop, from whatever state."""
+        self.finish(lambda: time.sleep(0.01))
+        return super().on_shutdown(state)
+
+    def _entities(self) -> dict:
+        """What this node has open → how it is given up."""
+        return {**dict.fromkeys(self.publishers, self.destroy_publisher), **dict.fromkeys(self.services, self.destroy_service),
+                **dict.fromkeys(self.subscriptions, self.destroy_subscription), **dict.fromkeys(self.timers, self.destroy_timer)}
+
     def finish(self, spin_once) -> None:
         """Bring the arm to rest within its limits, then end the loop."""
         if not self.running:  # perhaps never configured
             return
+        self.ending = True
         self._post(lambda now: self.controller.stop('shutting down'))
         deadline = time.monotonic() + 10.0
         while self.thread.is_alive() and time.monotonic() < deadline and not self._is_still():
@@ -170,7 +192,9 @@ class ControllerNode(LifecycleNode):
     # --- executor's thread: leave it in the inbox -----------------------------------------------------------------------
     def _on_arm(self, request: Arm.Request, response: Arm.Response) -> Arm.Response:
         self._look_around()
-        if self.others:
+        if self.ending:
+            response.message = 'the node is ending'
+        elif self.others:
             response.message = f'somebody else commands this arm: {"; ".join(self.others)}'
         else:
             self._answer(response, lambda now: self.controller.arm(now, request.approach))
@@ -195,8 +219,13 @@ class ControllerNode(LifecycleNode):
 
         def act(now: float) -> None:
             if taken.acquire(blocking=False):
-                answer.append(action(now))
-                done.set()
+                try:
+                    answer.append(action(now))
+                except Exception as error:
+                    answer.append((False, f'internal error: {error!r}'))
+                    raise
+                finally:
+                    done.set()
 
         self._post(act)
         if not done.wait(timeout=1.0) and not taken.acquire(blocking=False):
@@ -220,18 +249,19 @@ class ControllerNode(LifecycleNode):
         if fixed and self.controller.mode != Mode.INACTIVE:
             return SetParametersResult(successful=False, reason=f'{", ".join(fixed)}: read-only while armed; stop first')
         try:
-            new = blending(value)
+            blending(value)
         except ValueError as error:
             return SetParametersResult(successful=False, reason=str(error))
 
-        def apply(now: float) -> None:
-            self.controller.settings = settings(value)
-            self.controller.speed_scale = value['speed_scale'] / 100
-            if new != self.controller.ensembler.blending:
-                self.controller.ensembler.switch(new, now)
-
-        self._post(apply)
+        self._post(lambda now: self._apply(value, now))  # if the loop does not run, activation does it
         return SetParametersResult(successful=True)
+
+    def _apply(self, value: dict, now: float) -> None:
+        """Let the controller have what parameters say."""
+        self.controller.settings = settings(value)
+        self.controller.speed_scale = value['speed_scale'] / 100
+        if blending(value) != self.controller.ensembler.blending:
+            self.controller.ensembler.switch(blending(value), now)
 
     def _look_around(self) -> None:
         """Say what the loop had to say, and latch a fault if somebody else commands the arm."""
@@ -289,7 +319,7 @@ class ControllerNode(LifecycleNode):
                 self.remarks['clock'] = '/clock jumped back'
                 last = index
             while self.inbox:
-                self.inbox.popleft()(now)
+                self._do(self.inbox.popleft(), now)
             if index < due:
                 continue  # woken for the inbox, or by a jump
             self._receive(now)
@@ -301,6 +331,14 @@ class ControllerNode(LifecycleNode):
                     self.lateness.append(now - due * period)
             self._tick(index * period, index - last)
             last = index
+
+    def _do(self, action, now: float) -> None:
+        """What was left in the inbox; whatever is wrong with it, the loop goes on, to a bounded stop."""
+        try:
+            action(now)
+        except Exception as error:
+            self.controller.fault(f'internal error: {error!r}')
+            self.remarks['internal error'] = traceback.format_exc()
 
     def _wait_until(self, deadline: float) -> None:
         if not self.sim_time:
@@ -367,6 +405,10 @@ class ControllerNode(LifecycleNode):
     def _publish_status(self, now: float) -> None:
         c, blend = self.controller, self.controller.blend
         self.announced, self.told = (c.mode, c.epoch), time.monotonic()
+        lateness = []
+        with suppress(IndexError):  # both threads may come here, and len() would be old
+            while True:
+                lateness.append(self.lateness.popleft())
         message = ControllerStatus(
             mode=int(c.mode), reason=c.reason, epoch=c.epoch, follows_chunks=c.follows_chunks,
             ensembling=c.ensembler.blending.mode, live_chunks=blend.live if blend else 0,
@@ -374,7 +416,7 @@ class ControllerNode(LifecycleNode):
             speed_scale=100 * c.scale, clamped_joints=list(c.clamped), clamped_ticks=c.clamped_ticks,
             rejected_chunks=c.rejected['chunks'], rejected_joint_states=c.rejected['joint_states'],
             rejected_teleop=c.rejected['teleop'], ticks=self.ticks, missed_ticks=self.missed,
-            lateness=[self.lateness.popleft() for _ in range(len(self.lateness))])
+            lateness=lateness)
         message.header.stamp = to_stamp(self.clock.stamp(now, moving=c.mode != Mode.INACTIVE))
         self.status.publish(message)
         if c.mode == Mode.INACTIVE:

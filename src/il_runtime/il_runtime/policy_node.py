@@ -17,7 +17,7 @@ from il_policies.data.decode import DecodeError, decode, stamp_of
 from il_policies.planner import NOISE, Planner
 from il_runtime.ros import STATUS_QOS, Worker, be_nice, chunk_qos, declare, loud, message_class, run, start, to_stamp
 
-FOLLOWING = (ControllerStatus.HOLD, ControllerStatus.POLICY)
+FOLLOWING = (ControllerStatus.HOLD, ControllerStatus.POLICY, ControllerStatus.APPROACH)
 
 
 class PolicyNode(LifecycleNode):

@@ -29,11 +29,12 @@ class LoopClock:
         return self._loop_ns() * 1e-9
 
     def convert(self, *stamps: int) -> list[float]:
-        """Stamps [ns] of one message as loop time [s]. Raises StampError if the first is too far from now."""
+        """Stamps [ns] of one message as loop time [s]. Raises StampError if one is too far from now."""
         now, wall = self._loop_ns(), self._stamp_ns()
-        age = (wall - stamps[0]) * 1e-9
-        if abs(age) > MAX_STAMP_OFFSET:
-            raise StampError(f'stamp is {age:+.3f} s old, allowed ±{MAX_STAMP_OFFSET:g} s: set the clocks')
+        for stamp in stamps:
+            age = (wall - stamp) * 1e-9
+            if abs(age) > MAX_STAMP_OFFSET:
+                raise StampError(f'stamp is {age:+.3f} s old, allowed ±{MAX_STAMP_OFFSET:g} s: set the clocks')
         return [(now + stamp - wall) * 1e-9 for stamp in stamps]
 
     def stamp(self, time: float, moving: bool) -> int:

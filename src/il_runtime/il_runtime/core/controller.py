@@ -12,7 +12,9 @@ from il_runtime.core.mode import TRANSITIONS, Mode
 from il_runtime.core.safety import Gate, Ramp
 
 MAX_MISSED = 2
-"""Ticks an overrun may cost; after more of them the arm stands, and the motion begins anew."""
+"""Ticks an overrun may cost; after more of them the arm has stopped by itself or does so, and the motion begins anew …"""
+MAX_PAUSE = 0.04
+"""… unless they are shorter than this together [s]."""
 MAX_NON_FINITE = 3
 """Non-finite inputs of one source in a row that latch a fault."""
 SPEED_SLEW = 2.0
@@ -73,7 +75,8 @@ class Controller:
         self._measured: tuple[float, np.ndarray] | None = None
         self._human: tuple[float, np.ndarray] | None = None
         self._human_locked_out = False
-        self._may_approach = False
+        self._held = False
+        self._may_approach, self._approached = False, ''
         self._ramp: Ramp | None = None
         self._entered = self._last = 0.0
         self._tracking_since: float | None = None
@@ -95,7 +98,8 @@ class Controller:
     def release(self) -> None:
         """The human lets go: stop, then the policy goes on under a new epoch."""
         self._human, self._human_locked_out = None, False
-        self._event('released', 'released by the human')
+        if self.mode != Mode.APPROACH or self._approached == 'teleop':
+            self._event('released', 'released by the human')
 
     def add_chunk(self, chunk: Chunk, now: float) -> None:
         """Take a checked chunk that has come since the last tick. Raises ChunkError if it is of another epoch."""
@@ -123,28 +127,37 @@ class Controller:
         if self._state_is_stale(now):
             return False, 'no fresh joint states' + (
                 '' if self._measured is None else f': the newest was taken {now - self._measured[0]:.3f} s ago')
+        ramp, self._last = None, now
         if self.mode == Mode.INACTIVE:
             measured = self._measured[1]
-            inside = np.clip(measured, self.gate.lower, self.gate.upper)
-            outside = self._names(np.abs(measured - inside) > self.first_command_tolerance)
+            off = np.abs(measured - np.clip(measured, self.gate.lower, self.gate.upper))
+            outside = self._names(off > self.first_command_tolerance)
             if outside and not approach:
                 return False, f'measured pose is outside the position limits: {outside}; arm with approach to go there slowly'
             self.gate.rest(measured)
-        self._last = now
-        self._stop_when_at_rest, self._human_locked_out = False, False
+            self.scale = self.speed_scale
+            if approach and off.any():
+                try:
+                    ramp = self._approach_ramp(measured)
+                except RuntimeError as error:
+                    return False, f'measured pose is outside the position limits, and there is no slow way back: {error}'
+            if self._human is not None and now - self._human[0] > self.settings.teleop_timeout:
+                self._human = None  # of an earlier arming
+        self._stop_when_at_rest, self._human_locked_out, self._held = False, False, False
         self._tracking_since = self._lagging_since = None
         self._may_approach, self.follows_chunks = approach, True
         self._new_epoch()
         self._event('arm', 'armed')
-        if approach and (self.gate.position != np.clip(self.gate.position, self.gate.lower, self.gate.upper)).any():
-            self._approach(self.gate.position, 'back into the position limits')
+        if ramp is not None:
+            self._ramp, self._approached = ramp, 'limits'
+            self._event('far', 'slowly back into the position limits')
         return True, f'holding the measured pose, epoch {self.epoch}'
 
     def hold(self, reason: str = 'told to hold') -> tuple[bool, str]:
         """Come to a bounded stop and follow nothing until armed again."""
         if self.mode in (Mode.INACTIVE, Mode.FAULT):
             return False, f'{self.mode.name}: nothing to hold'
-        self.follows_chunks, self._human_locked_out = False, self._human is not None
+        self.follows_chunks, self._held = False, True
         self._event('hold', reason)
         if self.mode == Mode.HOLD:
             self.reason = reason
@@ -197,13 +210,13 @@ class Controller:
         must be near again.
         """
         self.ticks += 1
-        missed = elapsed - 1
-        if missed > MAX_MISSED:
-            self._overrun(now)
+        missed, armed = elapsed - 1, self.mode != Mode.INACTIVE
+        if missed > max(MAX_MISSED, MAX_PAUSE / self.period):
+            self._overrun(now, missed)
             missed = 0
         for i in range(missed, -1, -1):
             self._advance(now - i * self.period)
-        return None if self.mode == Mode.INACTIVE else self.gate.position
+        return self.gate.position if armed else None  # also the one that comes to rest and ends it
 
     def _advance(self, now: float) -> None:
         self.blend = None
@@ -213,7 +226,9 @@ class Controller:
             return
         try:
             self._watch(now)
-            self.gate.step(self._target(now), self.scale)
+            target = self._target(now)
+            slowly = self.settings.approach_speed if self.mode == Mode.APPROACH else 1.0
+            self.gate.step(target, self.scale * slowly)
         except Exception as error:  # whatever is wrong with a source, the arm comes to a bounded stop
             self.fault(f'internal error: {error!r}')
             self.gate.step(None)
@@ -236,15 +251,18 @@ class Controller:
         elif self.mode == Mode.POLICY:
             self.blend = self.ensembler.at(now, self._delay(now))
             # The stop begins while the chunks still cover it.
-            if self.blend is None or self.ensembler.end - now < self.gate.stopping_time:
+            if self.blend is None or self.ensembler.covers_until(now) - now < self.gate.stopping_time:
                 self.ensembler.clear()
                 self._event('starved', 'no fresh chunk')
         if self.mode == Mode.POLICY:
             return self._faded_in(now, self.blend.positions)
         if self.mode == Mode.TELEOP:
             return self._faded_in(now, self._human[1])
-        if self.mode == Mode.APPROACH and now > self._ramp.end and self.gate.at_rest:
-            self._event('arrived', 'approached')
+        if self.mode == Mode.APPROACH:
+            if now > self._ramp.end and self.gate.at_rest:
+                self._event('arrived', 'approached')
+            elif self._approached == 'chunk' and self.ensembler.covers_until(now) <= now:
+                self._event('starved', 'what was approached has ended: no fresh chunk')
         moving = self.mode in (Mode.STOPPING, Mode.FAULT, Mode.APPROACH) and self._ramp is not None
         return self._ramp.at(now) if moving and now < self._ramp.end + self.period else None
 
@@ -252,14 +270,21 @@ class Controller:
         """Whoever sends teleop commands is in charge, or at least nobody else is."""
         if self._human is None:
             return
-        if now - self._human[0] > self.settings.teleop_timeout:
+        age = now - self._human[0]
+        if age > self.settings.teleop_timeout:
             self._human, self.follows_chunks = None, False
-            self._event('silent', 'teleop fell silent without a release: arm to go on')
+            reason = f'no release, and the newest teleop command is {age:.2f} s old: arm to go on'
+            self._event('silent', reason)
             if self.mode == Mode.HOLD:
-                self.reason = 'teleop fell silent without a release: arm to go on'
-        elif self.mode in (Mode.HOLD, Mode.POLICY) and not self._human_locked_out:
-            if not self._begin('teleop', self._human[1], 'a human took over'):
-                self._event('hold', self.reason)  # refused, but a human who reaches for the arm does not want the policy
+                self.reason = reason
+        elif self._human_locked_out or self._held:
+            return
+        elif self.mode == Mode.APPROACH and self._approached != 'teleop':
+            self._event('hold', 'a human reached for the arm')
+        elif self.mode in (Mode.HOLD, Mode.POLICY):
+            # A human who reaches for the arm does not want the policy, near enough to be followed or not.
+            if not self._begin('teleop', self._human[1], 'a human took over') and self.mode == Mode.POLICY:
+                self._event('hold', self.reason)
 
     def _begin(self, event: str, first: np.ndarray, reason: str) -> bool:
         """Hand control to a source whose first command is ``first``, shape (D,), if that is near; else approach or refuse."""
@@ -271,13 +296,20 @@ class Controller:
         worst = int(np.argmax(off / self.first_command_tolerance))
         self.reason = (f'first command refused: {self.joints[worst]} is {off[worst]:.3f} off, '
                        f'tolerance {self.first_command_tolerance[worst]:.3f}')
-        if self._may_approach and self.mode == Mode.HOLD and self.scale > 0:
-            self._approach(first, f'to a first command {off[worst]:.3f} off at {self.joints[worst]}')
+        if self._may_approach and self.mode == Mode.HOLD:
+            try:
+                self._ramp, self._approached = self._approach_ramp(first), event
+            except RuntimeError as error:
+                self.reason += f'; {error}'
+            else:
+                self._event('far', f'slowly to a first command {off[worst]:.3f} off at {self.joints[worst]}')
         return False
 
-    def _approach(self, goal: np.ndarray, reason: str) -> None:
-        self._event('far', f'slowly {reason}')
-        self._ramp = self.gate.approach_ramp(self._last, goal, self.settings.approach_speed * max(self.scale, 1e-3))
+    def _approach_ramp(self, goal: np.ndarray) -> Ramp:
+        """From where the arm stands. Raises RuntimeError where there is none, or it would take hours."""
+        if self.scale < 0.01:
+            raise RuntimeError(f'speed_scale is {100 * self.scale:g} %, too slow to approach')
+        return self.gate.approach_ramp(self._last, goal, self.settings.approach_speed * self.scale)
 
     def _faded_in(self, now: float, target: np.ndarray) -> np.ndarray:
         """From what the arm did before, brought to rest, over to the new source."""
@@ -311,16 +343,16 @@ class Controller:
         self.epoch += 1
         self.ensembler.reset(self.epoch)
 
-    def _overrun(self, now: float) -> None:
-        """The arm stands where it was last told to be, or where its ramp ended."""
-        _, positions, _ = self.gate.run_out()
-        if self.mode != Mode.INACTIVE:
-            self.gate.rest(np.where(self._runs_out, positions[-1], self.gate.position))
+    def _overrun(self, now: float, missed: int) -> None:
+        """Meanwhile the arm has stood where it was last told to be, or has run out: come to rest from there."""
+        self.gate.pause(missed, self._runs_out)
         self.ensembler.clear()
+        if self._measured is not None and not self._state_is_stale(self._last):
+            # What was sent meanwhile is still on its way into this process: its age is what it was before the pause.
+            self._measured = (self._measured[0] + now - self._last, self._measured[1])
+        self._last = now - self.period
         self._event('overrun', 'the loop was paused')
-        self._ramp = None
-        if self._measured is not None:  # what was sent meanwhile is still on its way into this process, and nothing moves
-            self._measured = (now, self._measured[1])
+        self._ramp = self._stop_ramp()
 
     def _play(self, now: float) -> None:
         """Advance the playback of chunks: slowed down, it falls behind the clock."""

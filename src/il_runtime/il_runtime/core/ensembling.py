@@ -13,6 +13,8 @@ import numpy as np
 MODES = ('newest_first', 'oldest_first', 'latest', 'crossfade')
 MAX_MAGNITUDE = 1e4
 """No joint is there [rad or m]: a larger number is an overflow or garbage."""
+MAX_LENGTH = 30.0
+"""A chunk that covers more time would be followed long after its planner has died [s]."""
 
 
 class ChunkError(ValueError):
@@ -72,6 +74,8 @@ def arrange(joint_names, positions, horizon: int, step_period: float, joints: tu
         raise ChunkError(f'joint_names: missing {missing}, unknown {unknown}, doubled {doubled}; expected {list(joints)}')
     if not (np.isfinite(step_period) and step_period > 0):
         raise ChunkError(f'step_period is {step_period}, must be finite and > 0')
+    if (horizon - 1) * step_period > MAX_LENGTH:
+        raise ChunkError(f'{horizon} steps of {step_period:g} s, must cover at most {MAX_LENGTH:g} s')
     positions = np.asarray(positions, dtype=np.float64)
     if horizon < 1 or positions.size != horizon * len(names):
         raise ChunkError(f'{positions.size} positions, expected horizon {horizon} × {len(names)} joints')
@@ -158,7 +162,7 @@ class Ensembler:
 
     def reset(self, epoch: int) -> None:
         """Forget everything; from now on only chunks of this epoch count."""
-        self._epoch = epoch
+        self._epoch, self._switched = epoch, -np.inf
         self.clear()
 
     def clear(self) -> None:
@@ -176,13 +180,17 @@ class Ensembler:
         key = (chunk.start, chunk.sequence)
         if key not in self._seen and chunk.end >= now:
             self._seen = {known: end for known, end in self._seen.items() if end >= now}
+            self._members = {known: member for known, member in self._members.items() if member.chunk.end >= now}
             self._seen[key] = chunk.end
             self._members[key] = _Member(chunk, now, delay)
 
-    @property
-    def end(self) -> float:
-        """Until when any chunk covers [s]; −inf without chunks."""
-        return max((member.chunk.end for member in self._members.values()), default=-np.inf)
+    def covers_until(self, now: float) -> float:
+        """Until when the chunks cover without a gap [s]; ``now`` if none covers it."""
+        until = now
+        for _, member in sorted(self._members.items(), key=lambda item: item[0]):
+            if member.chunk.start <= until:
+                until = max(until, member.chunk.end)
+        return until
 
     def at(self, t: float, delay: float = 0.0) -> Blend | None:
         """The blend at time t [s] (t never goes back within an epoch), or None where no chunk covers t.
@@ -207,7 +215,7 @@ class Ensembler:
                 for member in live[:-1]:
                     member.retired = min(member.retired, t)
         positions = self._weights(self.blending, live, t) @ points
-        fraction = (t - self._switched) / seam
+        fraction = max((t - self._switched) / seam, 0.0)
         if fraction < 1:
             positions = fraction * positions + (1 - fraction) * (self._weights(self._before, live, t) @ points)
         return Blend(positions, len(live), t - newest.chunk.observed, disagreement,

@@ -60,6 +60,7 @@ class Gate:
         if not np.isfinite(positions).all():
             raise ValueError(f'cannot rest at {positions}: not finite')
         self.position, self.velocity = positions, np.zeros_like(positions)
+        self._change_of_velocity = np.zeros_like(positions)
         self.clamped = np.zeros(len(positions), dtype=bool)
         self.lag = np.zeros_like(positions)
         self._target = positions
@@ -91,7 +92,9 @@ class Gate:
         low, high = np.maximum(self.velocity - change, -most), np.minimum(self.velocity + change, most)
         low = np.maximum(low, -stopping_speed(self.position - self.lower, self.max_acceleration, self.period))
         high = np.minimum(high, stopping_speed(self.upper - self.position, self.max_acceleration, self.period))
+        before = self.velocity
         self.velocity = np.minimum(np.maximum(wanted, low), high)
+        self._change_of_velocity = self.velocity - before
         # Rounding may carry the last bit over the bound; the bound is exact.
         self.position = position = np.minimum(np.maximum(self.position + self.velocity * self.period, lowest), highest)
         self.lag = np.zeros_like(position) if asked is None else np.abs(asked - self.position)
@@ -141,21 +144,45 @@ class Gate:
         Times from now [s], shape (N,), strictly rising; positions and velocities, shape (N, D). Exact for cubic
         interpolation: between the moments at which joints come to rest all accelerations are constant.
         """
-        low = -stopping_speed(self.position - self.lower, self.max_acceleration, self.period)
-        high = stopping_speed(self.upper - self.position, self.max_acceleration, self.period)
-        velocity = np.minimum(np.maximum(self.velocity, low), high)
-        braking = np.abs(velocity) / self.max_acceleration
+        velocity = self._velocity_at_set_point()
         if not velocity.any():
             return np.array([self.period]), self.position[None], np.zeros((1, len(velocity)))
+        braking = np.abs(velocity) / self.max_acceleration
         # In whole milliseconds, since stamps must rise, and upwards, since a joint must be at rest where its ramp ends.
-        knots = np.unique(np.ceil(braking[braking > 0] * 1e3) * 1e-3)[:, None]
-        passed = np.minimum(knots, braking)
-        positions = self.position + velocity * (self.period + passed * (1.0 - 0.5 * passed / np.maximum(braking, 1e-12)))
-        velocities = velocity * (1.0 - passed / np.maximum(braking, 1e-12))
+        knots = np.unique(np.ceil(braking[braking > 0] * 1e3) * 1e-3)
+        positions, velocities = self._braking(velocity, knots[:, None])
         velocities[-1] = 0.0
-        times = np.concatenate([[self.period, 2 * self.period], 2 * self.period + knots[:, 0]])
+        times = np.concatenate([[self.period, 2 * self.period], 2 * self.period + knots])
         return (times, np.vstack([self.position, self.position + velocity * self.period, positions]),
                 np.vstack([velocity, velocity, velocities]))
+
+    def pause(self, ticks: int, runs_out: np.ndarray) -> None:
+        """The robot has heard nothing for so many ticks (two or more): joints in `runs_out`, shape (D,), have gone on as
+        `run_out` said, the others stand where they were told to be.
+        """
+        velocity = self._velocity_at_set_point()
+        since = (ticks - 1) * self.period  # of the two ticks before the ramp begins one passes as a set-point is reached
+        after, _ = self._braking(velocity, since)
+        before, _ = self._braking(velocity, max(since - self.period, 0.0))
+        self._change_of_velocity = np.zeros_like(velocity)
+        self.velocity = np.where(runs_out, (after - before) / self.period, 0.0)
+        self.position = np.where(runs_out, after, self.position)
+
+    def _velocity_at_set_point(self) -> np.ndarray:
+        """Velocity at the very moment of the set-point, where `velocity` is the mean of the tick before it. Shape (D,)."""
+        low = -stopping_speed(self.position - self.lower, self.max_acceleration, self.period)
+        high = stopping_speed(self.upper - self.position, self.max_acceleration, self.period)
+        velocity = self.velocity + 0.5 * self._change_of_velocity
+        velocity[velocity * self.velocity <= 0] = 0.0  # it comes to rest within the tick, and does not turn round
+        most = self.max_velocity
+        return np.minimum(np.maximum(velocity, np.maximum(low, -most)), np.minimum(high, most))
+
+    def _braking(self, velocity: np.ndarray, since) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and velocities after a tick at this velocity and `since` [s] of braking."""
+        braking = np.maximum(np.abs(velocity) / self.max_acceleration, 1e-12)
+        passed = np.minimum(since, braking)
+        return (self.position + velocity * (self.period + passed * (1.0 - 0.5 * passed / braking)),
+                velocity * (1.0 - passed / braking))
 
     @property
     def stopping_time(self) -> float:
