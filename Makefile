@@ -1,13 +1,20 @@
 # make demo   from a bare machine to a moving arm      make demo FRESH=1   start over
 # make test   unit tests and graph tests
+# make soak   the long ones, and docs/safety.md from what they measured (35 minutes; IL_SOAK_MINUTES=0.5: 12)
 SHELL := /bin/bash
-.PHONY: demo test setup clean
+.PHONY: demo test soak setup clean
 
 demo: setup
 	@. ./env.sh && exec python -m il_runtime.demo --setup-seconds "$$(cat .venv/seconds)" $(if $(FRESH),--fresh)
 
 test: setup
 	@. ./env.sh && exec python -m pytest test/unit test/graph
+
+soak: setup
+	@rm -rf log/faults; . ./env.sh; failed=0; \
+	python -m pytest test/unit test/graph -m shown || failed=1; \
+	python -m pytest test/soak || failed=1; \
+	python test/safety_table.py && exit $$failed
 
 setup:
 	@bash setup.sh

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-FAULTS = Path(os.environ.get('IL_FAULTS', Path(__file__).parents[1] / 'log' / 'faults'))
+ROOT = Path(__file__).parents[1]
+FAULTS = Path(os.environ.get('IL_FAULTS', ROOT / 'log' / 'faults'))
 """Where tests leave what they measured for docs/safety.md, one file a case; test/safety_table.py makes the table."""
 
 
@@ -22,3 +23,10 @@ def show():
         print(f'{case}: {measured} (required: {required})')
 
     return write
+
+
+def pytest_collection_modifyitems(items):
+    """`-m shown`: what leaves a row for docs/safety.md."""
+    for item in items:
+        if 'show' in getattr(item, 'fixturenames', ()):
+            item.add_marker('shown')

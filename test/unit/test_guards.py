@@ -53,10 +53,17 @@ def test_a_request_that_comes_back_from_beyond_a_bound_is_met_without_overshoot(
     assert g.position[0] >= 1.898 - 1e-9
 
 
-def test_running_out_ends_at_rest_even_from_the_last_bit_of_a_motion():
-    g = gate()
-    g.velocity = np.array([1e-13, 0.5, 0.0])
-    assert not g.run_out()[2][-1].any()
+def test_running_out_from_the_tick_on_which_full_speed_is_reached_keeps_to_it():
+    velocities = moving([9.0, 0.1, 0.05], 9).run_out()[2]
+    assert velocities.max() == 2.5
+
+
+def test_running_out_from_the_last_tick_of_a_stop_does_not_turn_round():
+    g = moving([9.0, 0.1, 0.05], 9)
+    for _ in range(8):
+        g.step(None)
+    assert 0 < g.velocity[0] < 0.15
+    assert (g.run_out()[2] >= 0).all()
 
 
 # --- chunks --------------------------------------------------------------------------------------------------------------
@@ -181,6 +188,21 @@ def test_approaches_heed_the_speed_scale_and_need_one(arm):
     arm.run(1.0)
     assert arm.mode == Mode.APPROACH
     assert velocity(arm).max() == pytest.approx(0.1 * 0.2 * 2.5)
+    assert np.diff(velocity(arm)).max() / PERIOD <= 0.1 * 0.2 * 15 * (1 + 1e-6)
+
+
+def test_letting_go_ends_the_approach_to_a_human_and_no_other(arm):
+    arm.arm(approach=True)
+    arm.run(0.2, human=pan(0.5))
+    assert arm.mode == Mode.APPROACH
+    arm.controller.release()
+    arm.run(0.1)
+    assert arm.mode == Mode.HOLD and arm.measured[0] < 0.1
+    arm.controller.arm(arm.t, approach=True)
+    arm.controller.add_chunk(arm.chunk([0.5] * 16), arm.t)
+    arm.run(0.1)
+    arm.controller.release()
+    assert arm.mode == Mode.APPROACH
 
 
 def test_an_approach_that_would_take_hours_breaks_nothing(arm):
@@ -242,6 +264,15 @@ def test_after_a_jump_back_slow_playback_is_where_it_was(arm):
     arm.controller.add_chunk(arm.chunk(0.08 * np.arange(16), start=arm.t - PERIOD), arm.t)
     arm.run(0.5)
     assert arm.measured[0] == pytest.approx(0.8 * 0.5 * 0.52, rel=0.01)
+
+
+def test_after_a_pause_what_was_planned_before_it_is_not_followed_though_it_is_near(arm):
+    arm.follow(np.linspace(0, 0.3, 32))
+    arm.t += 10 * PERIOD
+    arm.controller.joint_state(arm.t, arm.measured, arm.t)
+    arm.controller.tick(arm.t, elapsed=10)
+    arm.run(0.5)
+    assert arm.mode == Mode.HOLD
 
 
 def test_an_arm_that_stood_during_a_pause_stays_where_it_is_after_a_fault(arm):

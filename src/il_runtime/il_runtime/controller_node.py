@@ -178,6 +178,7 @@ class ControllerNode(LifecycleNode):
         self.thread.join(timeout=1.0)
         gc.unfreeze()
         gc.enable()
+        os.sched_setscheduler(os.getpid(), os.SCHED_OTHER, os.sched_param(0))
         self._publish_status(self.clock.now())
 
     def _is_still(self) -> bool:
@@ -269,8 +270,8 @@ class ControllerNode(LifecycleNode):
             self.get_logger().warning(f'{source}: {self.remarks.pop(source)}')
         self.others = []
         for topic in self.outputs.topics:
-            publishers = self.get_publishers_info_by_topic(topic)
-            if len(publishers) > 1:
+            if self.count_publishers(topic) > 1:  # which is quick; who they are is not
+                publishers = self.get_publishers_info_by_topic(topic)
                 names = [f'{info.node_namespace.rstrip("/")}/{info.node_name}' for info in publishers]
                 self.others.append(f'{len(names)} publishers on {topic}: {", ".join(sorted(names))}')
         if self.others and self.running:
@@ -432,6 +433,8 @@ class ControllerNode(LifecycleNode):
         if priority and not self.sim_time:
             try:
                 os.sched_setscheduler(threading.get_native_id(), os.SCHED_FIFO, os.sched_param(priority))
+                # So does whoever may hold the interpreter when a tick is due: preempted, it would keep the loop waiting.
+                os.sched_setscheduler(os.getpid(), os.SCHED_FIFO, os.sched_param(max(priority - 1, 1)))
                 self.scheduler = f'SCHED_FIFO {priority}'
             except PermissionError:
                 pass

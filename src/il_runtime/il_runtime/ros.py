@@ -143,9 +143,13 @@ def run(make_node: Callable[[], rclpy.node.Node]) -> None:
 
     A node that cannot start says so in one line and exits with 2; one whose `thread`, a Worker, fails exits with 1.
     """
-    asked = []
+    asked = threading.Event()
+    # A handler of Python's runs when the executor returns to the interpreter; the byte in a pipe is there at once.
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.append(True))
+        signal.signal(number, lambda *_: None)
     # rclpy's own handlers would tear the context down before the last commands are out.
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     try:
@@ -160,9 +164,15 @@ def run(make_node: Callable[[], rclpy.node.Node]) -> None:
     def failure() -> str:
         return getattr(getattr(node, 'thread', None), 'failure', '')
 
+    def wait_for_signal() -> None:
+        os.read(told, 1)
+        asked.set()
+        executor.wake()
+
+    threading.Thread(target=wait_for_signal, name='signals', daemon=True).start()
     try:
-        while not asked and not failure():
-            executor.spin_once(timeout_sec=0.1)
+        while not asked.is_set() and not failure():
+            executor.spin_once(timeout_sec=0.5)
         if hasattr(node, 'finish'):
             node.finish(lambda: executor.spin_once(timeout_sec=0.02))
     except ExternalShutdownException:

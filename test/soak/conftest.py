@@ -1,0 +1,1 @@
+../graph/conftest.py
