@@ -1,6 +1,6 @@
 # make demo   from a bare machine to a moving arm      make demo FRESH=1   start over
 # make test   unit tests and graph tests
-# make soak   the long ones, and docs/safety.md from what they measured (35 minutes; IL_SOAK_MINUTES=0.5: 12)
+# make soak   the long ones (half an hour; IL_SOAK_MINUTES=0.5: 12 minutes), and docs/safety.md from what they measured
 SHELL := /bin/bash
 .PHONY: demo test soak setup clean
 
