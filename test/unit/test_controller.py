@@ -510,7 +510,7 @@ def test_a_human_whose_commands_come_late_stops_the_policy(arm):
     for _ in range(5):
         arm.controller.teleop(arm.t - 0.3, arm.measured, arm.t)
         arm.run(PERIOD)
-    assert arm.mode in (Mode.STOPPING, Mode.HOLD) and 'newest teleop command is 0.3' in arm.controller.reason
+    assert arm.mode in (Mode.STOPPING, Mode.HOLD) and 'newest command is 0.3' in arm.controller.reason
 
 
 def test_a_human_ends_the_approach_of_a_policy(arm):

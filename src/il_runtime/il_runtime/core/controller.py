@@ -273,7 +273,7 @@ class Controller:
         age = now - self._human[0]
         if age > self.settings.teleop_timeout:
             self._human, self.follows_chunks = None, False
-            reason = f'no release, and the newest teleop command is {age:.2f} s old: arm to go on'
+            reason = f'teleop fell silent without a release, its newest command is {age:.2f} s old: arm to go on'
             self._event('silent', reason)
             if self.mode == Mode.HOLD:
                 self.reason = reason
