@@ -16,6 +16,13 @@ os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
 os.environ.setdefault('ROS_DOMAIN_ID', str(10 + os.getpid() % 90))
 
 
+def pytest_collection_modifyitems(items):
+    """A test that fails is run once more, and both runs are reported: processes on a shared machine lose seconds now and then."""
+    for item in items:
+        if item.path.parent.name in ('graph', 'soak'):
+            item.add_marker(pytest.mark.flaky(reruns=1, reruns_delay=2))
+
+
 class Nodes:
     """Starts nodes of il_runtime and ends them."""
 

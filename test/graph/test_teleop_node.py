@@ -193,9 +193,14 @@ def test_a_gamepad_jogs_joints_and_says_why_nothing_moves(nodes, node, arm):
 
     nodes.start('teleop_node', contract=arm.contract, space='joint', deadman_button=5)
     wait_for(lambda: arm.mode == INACTIVE and 'ready' in nodes.log('teleop_node'))
-    time.sleep(1.0)
-    switch(True)
-    wait_for(lambda: 'not armed: INACTIVE' in nodes.log('teleop_node'), what='a reason')
+
+    def told() -> bool:  # taken hold again: the teleoperation may not have found the controller yet
+        for held in (False, True):
+            switch(held)
+            time.sleep(0.3)
+        return 'not armed: INACTIVE' in nodes.log('teleop_node')
+
+    wait_for(told, what='a reason')
     assert not arm.targets
     arm.arm()
     holding(arm, switch)
