@@ -16,7 +16,8 @@ from rosbags.highlevel import AnyReader
 from std_srvs.srv import Trigger
 
 from il_policies.contract import load_contract
-from il_policies.data.bag import BagWriter, bag_info, find_bags, read_bag, standard_types, topic_types
+from il_policies.data.bag import bag_info, find_bags, read_bag, topic_types
+from il_policies.data.bag_writer import BagWriter, standard_types
 from il_policies.data.convert import convert
 from il_runtime.flight_recorder_node import remove_oldest
 from robot import SIM_START, Robot, stamp_of

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from il_policies.contract import Contract, from_dict
-from il_policies.data.bag import BagWriter, standard_types
+from il_policies.data.bag_writer import BagWriter, standard_types
 
 TYPES = standard_types()
 START = 1_700_000_000_000_000_000

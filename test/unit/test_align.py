@@ -17,7 +17,7 @@ from il_policies.data.align import (
     observation_at,
     typical_period,
 )
-from il_policies.data.store import DataError
+from il_policies.data.errors import DataError
 from recordings import MS, START, contract
 
 P = 100 * MS

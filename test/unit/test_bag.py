@@ -11,17 +11,9 @@ from mcap.reader import make_reader
 from mcap.stream_reader import StreamReader
 from rosbags.highlevel import AnyReader
 
-from il_policies.data.bag import (
-    BagError,
-    BagWriter,
-    add_definitions,
-    bag_info,
-    find_bags,
-    qos,
-    read_bag,
-    standard_types,
-    topic_types,
-)
+from il_policies.data.bag import bag_info, find_bags, read_bag, topic_types
+from il_policies.data.bag_writer import BagWriter, add_definitions, qos, standard_types
+from il_policies.data.errors import BagError
 from recordings import MS, START, TYPES, joint_state, recording, write_bag
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from il_policies.data.align import buffers, observation_at
-from il_policies.data.bag import BagError
 from il_policies.data.convert import convert, dataset_info, summary_line
 from il_policies.data.decode import decode, stamp_of
-from il_policies.data.store import DataError, Dataset
+from il_policies.data.errors import BagError, DataError
+from il_policies.data.store import Dataset
 from recordings import MS, START, compressed, contract, joint_state, picture, point, positions, recording, write_bag
 
 GOOD = {'success': 'true', 'task': 'reach'}

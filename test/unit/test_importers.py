@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from il_policies.contract import ContractError, from_dict
+from il_policies.data.errors import DataError
 from il_policies.data.importers import NpzMapping, import_npz, load_mapping
-from il_policies.data.store import DataError, Dataset
+from il_policies.data.store import Dataset
 
 MAPPING = {
     'fps': 5,

@@ -6,16 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from il_policies.data.store import (
-    ActionInfo,
-    DataError,
-    Dataset,
-    DatasetInfo,
-    Feature,
-    create,
-    remove_episode,
-    write_episode,
-)
+from il_policies.data.errors import DataError
+from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, remove_episode, write_episode
 from recordings import jpeg, picture
 
 INFO = DatasetInfo(

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from il_policies.data.store import ActionInfo, DataError, Dataset, DatasetInfo, Feature, create, write_episode
+from il_policies.data.errors import DataError
+from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode
 from il_policies.data.windows import Windows
 from recordings import jpeg, picture
 

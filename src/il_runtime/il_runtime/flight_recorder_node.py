@@ -23,7 +23,9 @@ from rclpy.task import Future
 from std_srvs.srv import Trigger
 
 from il_policies.contract import load_contract
-from il_policies.data.bag import BagError, BagWriter, bag_info
+from il_policies.data.bag import bag_info
+from il_policies.data.bag_writer import BagWriter
+from il_policies.data.errors import BagError
 from il_runtime.ring import Message, Ring
 from il_runtime.ros import Worker, be_nice, declare, run
 from il_runtime.tap import CONTROLLER_STATUS, Tap

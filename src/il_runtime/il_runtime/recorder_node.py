@@ -15,7 +15,8 @@ from rclpy.node import Node
 from rclpy.task import Future
 
 from il_policies.contract import load_contract
-from il_policies.data.bag import BagError, BagWriter
+from il_policies.data.bag_writer import BagWriter
+from il_policies.data.errors import BagError
 from il_runtime.ring import Message
 from il_runtime.ros import declare, run
 from il_runtime.tap import Tap

@@ -20,7 +20,8 @@ from rclpy.subscription import Subscription
 from sensor_msgs.msg import JointState
 
 from il_policies.contract import Contract
-from il_policies.data.bag import BagError, add_definitions, standard_types
+from il_policies.data.bag_writer import add_definitions, standard_types
+from il_policies.data.errors import BagError
 from il_runtime.outputs import OUTPUT_TYPES
 from il_runtime.ring import Message
 from il_runtime.ros import message_class

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from il_policies.contract import Contract, Stream
-from il_policies.data.store import DataError
+from il_policies.data.errors import DataError
 
 SECOND = 1_000_000_000
 

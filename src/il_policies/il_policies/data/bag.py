@@ -1,15 +1,8 @@
-"""rosbag2 bags in mcap, written and read without ROS.
-
-A bag is a folder, written under the name <bag>.part and renamed when closed: one that keeps that name was cut short,
-its complete chunks are readable with any streaming mcap reader.
-"""
+"""rosbag2 bags in mcap, read without ROS."""
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,146 +10,12 @@ import yaml
 from mcap.exceptions import McapError
 from mcap.reader import SeekingReader
 from mcap.stream_reader import CRCValidationError
-from mcap.writer import CompressionType
-from mcap.writer import Writer as McapWriter
-from rosbags.interfaces import Nodetype
 from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 from rosbags.typesys.base import TypesysError
 from rosbags.typesys.store import Typestore
 
-from il_policies import durable
-from il_policies.data.store import DataError
-
-DISTRO = 'kilted'
-METADATA_VERSION = 9
-CHUNK_SIZE = 64 * 1024  # about a second of a small robot: what a crash can cost
-INFINITE = {'sec': 9223372036, 'nsec': 854775807}
-
-
-class BagError(DataError):
-    """A bag that cannot be written or read."""
-
-
-def qos(reliability: str = 'reliable', durability: str = 'volatile', depth: int = 10) -> dict:
-    """A QoS profile as rosbag2 writes it, without deadline, lifespan or lease."""
-    return {'history': 'keep_last', 'depth': depth, 'reliability': reliability, 'durability': durability,
-            'deadline': dict(INFINITE), 'lifespan': dict(INFINITE), 'liveliness': 'automatic',
-            'liveliness_lease_duration': dict(INFINITE), 'avoid_ros_namespace_conventions': False}
-
-
-def standard_types() -> Typestore:
-    """Definitions of the common interfaces, as of the oldest distribution supported."""
-    return get_typestore(Stores.ROS2_JAZZY)
-
-
-def add_definitions(types: Typestore, type_name: str, folder_of: Callable[[str], Path]) -> None:
-    """Add a type and everything it contains to `types`, reading .msg files where they are not known yet.
-
-    type_name: such as il_msgs/msg/ActionChunk. folder_of: package → folder of its .msg files.
-    Raises BagError if a definition is absent or unreadable.
-    """
-    if type_name not in types.fielddefs:
-        package, _, name = type_name.split('/')
-        file = folder_of(package) / f'{name}.msg'
-        try:
-            types.register(get_types_from_msg(file.read_text(), type_name))
-        except (OSError, TypesysError) as error:
-            raise BagError(f'{type_name}: no definition: {error}') from None
-    for _, (kind, content) in types.fielddefs[type_name][1]:
-        if kind in (Nodetype.ARRAY, Nodetype.SEQUENCE):
-            kind, content = content[0]
-        if kind == Nodetype.NAME:
-            add_definitions(types, content, folder_of)
-
-
-class BagWriter:
-    """Writes one bag, message by message, as they come serialised from the middleware."""
-
-    def __init__(self, path: str | Path, types: Typestore):
-        """Open <path>.part for writing. Raises BagError if `path` exists or cannot be made."""
-        self.path = Path(path)
-        self.part = self.path.with_name(f'{self.path.name}.part')
-        if self.path.exists() or self.part.exists():
-            raise BagError(f'{self.path}: exists already')
-        try:
-            self.part.mkdir(parents=True)
-            self._stream = open(self.part / f'{self.path.name}_0.mcap', 'xb')
-        except OSError as error:
-            raise BagError(f'{self.path}: cannot be written: {error.strerror}') from None
-        self._types = types
-        self._writer = McapWriter(self._stream, chunk_size=CHUNK_SIZE, compression=CompressionType.NONE)
-        self._writer.start(profile='ros2', library='il_policies')
-        self._schemas: dict[str, int] = {}
-        self._channels: dict[str, int] = {}
-        self._topics: dict[str, dict] = {}  # topic → what metadata.yaml says about it
-        self._first: int | None = None
-        self._last = 0
-        self._unflushed = 0
-
-    def add_topic(self, topic: str, type_name: str, profiles: list[dict] | None = None) -> None:
-        """Declare a topic with the QoS profiles its publishers offer. Raises BagError for an unknown type."""
-        try:
-            definition, _ = self._types.generate_msgdef(type_name, ros_version=2)
-            type_hash = self._types.hash_rihs01(type_name)
-        except (TypesysError, KeyError):
-            raise BagError(f'{topic}: no definition of {type_name}') from None
-        profiles = [qos()] if profiles is None else profiles
-        if type_name not in self._schemas:
-            self._schemas[type_name] = self._writer.register_schema(type_name, 'ros2msg', definition.encode())
-        self._channels[topic] = self._writer.register_channel(topic, 'cdr', self._schemas[type_name], {
-            'offered_qos_profiles': yaml.safe_dump(profiles, sort_keys=False).strip(), 'topic_type_hash': type_hash})
-        self._topics[topic] = {'topic_metadata': {'name': topic, 'type': type_name, 'serialization_format': 'cdr',
-                                                  'offered_qos_profiles': profiles, 'type_description_hash': type_hash},
-                               'message_count': 0}
-
-    def write(self, topic: str, data: bytes, receive_ns: int, publish_ns: int) -> None:
-        """Append a message serialised as CDR. Raises BagError for an undeclared topic, OSError for a full disk."""
-        if topic not in self._channels:
-            raise BagError(f'{self.path}: {topic} was not declared; there are: {", ".join(self._channels)}')
-        about = self._topics[topic]
-        self._writer.add_message(self._channels[topic], receive_ns, data, publish_ns, about['message_count'])
-        about['message_count'] += 1
-        self._first = receive_ns if self._first is None else min(self._first, receive_ns)
-        self._last = max(self._last, receive_ns)
-        self._unflushed += len(data)
-        if self._unflushed > CHUNK_SIZE:
-            self._stream.flush()
-            self._unflushed = 0
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Topic → messages written."""
-        return {topic: about['message_count'] for topic, about in self._topics.items()}
-
-    def close(self, custom_data: dict[str, str] | None = None) -> Path:
-        """Finish the file, write metadata.yaml, and give the bag its name. Returns its path."""
-        name = f'{self.path.name}_0.mcap'
-        span = {'duration': {'nanoseconds': self._last - (self._first or 0)},
-                'starting_time': {'nanoseconds_since_epoch': self._first or 0}}
-        count = sum(self.counts.values())
-        information = {
-            'version': METADATA_VERSION, 'storage_identifier': 'mcap', **span, 'message_count': count,
-            'topics_with_message_count': list(self._topics.values()), 'compression_format': '', 'compression_mode': '',
-            'relative_file_paths': [name],
-            'files': [{'path': name, 'starting_time': span['starting_time'], 'duration': span['duration'],
-                       'message_count': count}],
-            'custom_data': custom_data or None, 'ros_distro': DISTRO}
-        self._writer.add_metadata('rosbag2', {'serialized_metadata': _dump(information)})
-        self._writer.finish()
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        durable.write(self.part / 'metadata.yaml', _dump({'rosbag2_bagfile_information': information}).encode())
-        os.rename(self.part, self.path)
-        durable.sync(self.path.parent)
-        return self.path
-
-    def discard(self) -> None:
-        """Drop the recording, also one that the disk refuses."""
-        with contextlib.suppress(OSError):  # closing writes what is buffered
-            self._stream.close()
-        shutil.rmtree(self.part)
+from il_policies.data.errors import BagError
 
 
 def find_bags(path: str | Path) -> list[Path]:
@@ -228,14 +87,3 @@ def _types_of(name: str, encoding: str, definition: bytes) -> Typestore:
     text = definition.decode()
     types.register(get_types_from_msg(text, name) if encoding == 'ros2msg' else get_types_from_idl(text))
     return types
-
-
-class _Dumper(yaml.SafeDumper):
-    """Block style without aliases, which other YAML readers of rosbag2 files do not expect."""
-
-    def ignore_aliases(self, data):
-        return True
-
-
-def _dump(data) -> str:
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=False)

@@ -25,18 +25,10 @@ from il_policies.data.align import (
     observation_at,
     typical_period,
 )
-from il_policies.data.bag import BagError, bag_info, find_bags, read_bag, topic_types
+from il_policies.data.bag import bag_info, find_bags, read_bag, topic_types
 from il_policies.data.decode import decode, decode_jpeg, stamp_of
-from il_policies.data.store import (
-    ActionInfo,
-    DataError,
-    Dataset,
-    DatasetInfo,
-    Feature,
-    create,
-    remove_episode,
-    write_episode,
-)
+from il_policies.data.errors import BagError, DataError
+from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, remove_episode, write_episode
 
 MAX_REPEATED = 2
 """A stream may be silent for this many ticks, which repeat its last sample, flagged; longer gaps refuse the bag."""

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from il_policies.contract import Stream
-from il_policies.data.store import DataError
+from il_policies.data.errors import DataError
 
 CHANNELS = {'rgb8': 3, 'bgr8': 3, 'mono8': 1}
 JPEG_QUALITY = 95

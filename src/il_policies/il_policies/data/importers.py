@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from il_policies.contract import from_dict, load_yaml
-from il_policies.data.store import ActionInfo, DataError, Dataset, DatasetInfo, Feature, create, write_episode
+from il_policies.data.errors import DataError
+from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode
 
 STRICT = {'extra': 'forbid'}
 

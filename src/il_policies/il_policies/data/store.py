@@ -28,14 +28,11 @@ import pyarrow.parquet as pq
 
 from il_policies import durable
 from il_policies.contract import ContractError, from_dict
+from il_policies.data.errors import DataError
 
 FORMAT = 1
 RESERVED = ('stamp', 'action', 'filled')
 STRICT = {'extra': 'forbid'}
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message says where, what was found and what is valid."""
 
 
 @dataclass(frozen=True)

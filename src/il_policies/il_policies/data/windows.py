@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from il_policies.data.store import DataError, Dataset
+from il_policies.data.errors import DataError
+from il_policies.data.store import Dataset
 
 
 class Windows:

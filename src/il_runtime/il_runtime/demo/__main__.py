@@ -24,7 +24,7 @@ from rich.table import Table
 
 from il_policies.contract import load_contract
 from il_policies.data.convert import convert, summary_line
-from il_policies.data.store import DataError
+from il_policies.data.errors import DataError
 from il_policies.sim.reach_around import TASK, Scene
 from il_runtime.demo.processes import DemoError, Processes, terminate_like_interrupt
 
