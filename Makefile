@@ -1,11 +1,12 @@
 # make demo   from a bare machine to a moving arm      make demo FRESH=1   start over
+#             make demo IMAGES=1   the same, with a goal that only the camera shows (half an hour)
 # make test   unit tests and graph tests
 # make soak   the long ones (half an hour; IL_SOAK_MINUTES=0.5: 12 minutes), and docs/safety.md from what they measured
 SHELL := /bin/bash
 .PHONY: demo test soak setup clean
 
 demo: setup
-	@. ./env.sh && exec python -m il_runtime.demo --setup-seconds "$$(cat .venv/seconds)" $(if $(FRESH),--fresh)
+	@. ./env.sh && exec python -m il_runtime.demo --setup-seconds "$$(cat .venv/seconds)" $(if $(IMAGES),--images) $(if $(FRESH),--fresh)
 
 test: setup
 	@. ./env.sh && exec python -m pytest test/unit test/graph

@@ -8,6 +8,10 @@ fi
 # Without a ROS 2 installation the venv itself is the ROS prefix.
 [ -n "${ROS_DISTRO:-}" ] || export AMENT_PREFIX_PATH="$VIRTUAL_ENV${AMENT_PREFIX_PATH:+:$AMENT_PREFIX_PATH}"
 . "$_il_root/install/local_setup.bash"
+# The arms' descriptions come from PyPI, where xacro, RViz and Gazebo would not look: a package of the same name goes first.
+for _il_prefix in "$VIRTUAL_ENV"/lib/python3*/site-packages/cmeel.prefix; do
+  [ -d "$_il_prefix" ] && export AMENT_PREFIX_PATH="$AMENT_PREFIX_PATH:$_il_prefix"
+done
 # Robots are not found, and not driven, across the network unless you say so.
 export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}"
-unset _il_root
+unset _il_root _il_prefix

@@ -40,6 +40,8 @@ def test_it_has_each_scene_recorded_round_both_sides(nodes, tmp_path):
 def test_what_makes_no_session_is_refused_in_one_line():
     done = expert('demonstrations:=3')
     assert done.returncode == 2 and 'must be even' in done.stderr.splitlines()[-1]
+    done = expert('goals:=far')
+    assert done.returncode == 2 and "goals is 'far'; valid: narrow, wide" in done.stderr.splitlines()[-1]
 
 
 def test_a_session_names_who_does_not_answer(ros):

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import time
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from geometry_msgs.msg import Point, PointStamped
 from il_msgs.msg import ActionChunk, ControllerStatus
-from sensor_msgs.msg import JointState
+from rclpy.qos import qos_profile_sensor_data
+from sensor_msgs.msg import CompressedImage, JointState
 
 from il_policies import checkpoint
 from il_policies.contract import load_contract
@@ -20,12 +22,12 @@ from support import ROOT, wait_for
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 
 
-def save_policy(path, joints=None, step_period=0.1):
+def save_policy(path, joints=None, step_period=0.1, features=None):
     """An untrained flow policy for the SO-101."""
     torch.manual_seed(0)
     joints = joints or load_contract(CONTRACT).action.joints
-    spec = PolicySpec({'joint_positions': (6,), 'goal': (2,)}, tuple(joints), horizon=16, history=2, step_period=step_period,
-                      action_offset=0.0)
+    spec = PolicySpec(features or {'joint_positions': (6,), 'goal': (2,)}, tuple(joints), horizon=16, history=2,
+                      step_period=step_period, action_offset=0.0)
     rng = np.random.default_rng(0)
     normalizer = Normalizer.fit({name: rng.uniform(-1, 1, (50, size)).astype(np.float32)
                                  for name, size in (('joint_positions', 6), ('goal', 2), ('action', len(joints)))})
@@ -37,7 +39,7 @@ class Robot:
     """What a policy node needs around it: joint states, a goal and a controller's status; collects its chunks."""
 
     def __init__(self, node):
-        self.node, self.chunks, self.goal_is_silent = node, [], False
+        self.node, self.chunks, self.goal_is_silent, self.frames = node, [], False, []
         self.names = list(load_contract(CONTRACT).action.joints)
         self.states = node.create_publisher(JointState, 'joint_states', 10)
         self.goals = node.create_publisher(PointStamped, 'goal', 10)
@@ -55,6 +57,19 @@ class Robot:
             goal = PointStamped(point=Point(x=0.28, y=0.01))
             goal.header.stamp = now
             self.goals.publish(goal)
+
+    def photograph(self, image: np.ndarray):
+        """Send a camera image from now on, ten a second."""
+        data = cv2.imencode('.jpg', image[..., ::-1])[1].tobytes()
+        publisher = self.node.create_publisher(CompressedImage, 'camera/image/compressed', qos_profile_sensor_data)
+
+        def send():
+            message = CompressedImage(format='jpeg', data=data)
+            message.header.stamp = self.node.get_clock().now().to_msg()
+            self.frames.append(message)
+            publisher.publish(message)
+
+        return self.node.create_timer(0.1, send)
 
     def follow(self, epoch: int, mode: int = ControllerStatus.HOLD):
         self.status.publish(ControllerStatus(mode=mode, epoch=epoch))
@@ -111,6 +126,41 @@ def test_a_silent_stream_stops_planning_and_is_named(robot, nodes, tmp_path):
     assert len(robot.chunks) == count
     robot.goal_is_silent = False
     wait_for(lambda: len(robot.chunks) > count, what='recovery')
+
+
+def test_a_policy_that_sees_plans_from_the_newest_frame(robot, nodes, tmp_path):
+    """With noise repeated for every chunk and an arm at rest the image alone decides: the chunk is what the policy predicts from
+    the frame as it was sent, and its stamp is the frame's."""
+    path = save_policy(tmp_path / 'policy', features={'joint_positions': (6,), 'front': (96, 96, 3)})
+    nodes.start('policy_node', contract=CONTRACT, checkpoint=path, stride=2, nice=0, noise='per_epoch', seed=5)
+    wait_for(lambda: 'plans every' in nodes.log('policy_node'), 40, 'activation')
+    robot.follow(1)
+    wait_for(lambda: 'not planning: nothing received on camera/image/compressed' in nodes.log('policy_node'),
+             what='a warning that names the camera')
+    assert not robot.chunks
+    sent = np.zeros((96, 96, 3), np.uint8)
+    sent[30:60, 10:50] = (30, 200, 90)
+    camera = robot.photograph(sent)
+    wait_for(lambda: len(robot.chunks) >= 3, what='chunks')
+    stamps = {nanoseconds(frame.header.stamp) for frame in robot.frames}
+    assert {nanoseconds(chunk.header.stamp) for chunk in robot.chunks} <= stamps
+
+    policy = checkpoint.load(path)
+    seen = cv2.imdecode(np.frombuffer(robot.frames[0].data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    observation = {'joint_positions': torch.linspace(0, 0.5, 6).expand(1, 2, 6),
+                   'front': torch.from_numpy(np.stack([seen, seen])[None].copy())}
+    noise = torch.randn((1, 16, 6), generator=torch.Generator().manual_seed(5))
+    expected = policy.predict(observation, noise=noise)[0].numpy().ravel()
+    np.testing.assert_allclose(robot.chunks[0].positions, expected, atol=1e-4)
+    other = policy.predict({**observation, 'front': torch.zeros_like(observation['front'])}, noise=noise)[0].numpy().ravel()
+    assert np.abs(other - expected).max() > 1e-2, 'it would be another chunk from another image'
+
+    camera.cancel()
+    wait_for(lambda: 'not planning: camera/image/compressed: newest sample is' in nodes.log('policy_node'),
+             what='a warning that names the camera')
+    count = len(robot.chunks)
+    time.sleep(0.5)
+    assert len(robot.chunks) == count
 
 
 def test_a_policy_of_another_robot_is_refused(nodes, tmp_path):

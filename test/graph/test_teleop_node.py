@@ -240,7 +240,7 @@ def test_a_leader_arm_is_followed_from_where_the_arm_is(nodes, node, arm):
     leader['name'] = ['a', *names[1:]]
     wait_for(lambda: arm.mode == HOLD, what='a stop')
     assert not arm.status[-1].follows_chunks
-    assert ("/leader/joint_states is silent: leader/joint_states: no joints ['gripper']; the message has ['a',"
+    assert ("/leader/joint_states is silent: E203 leader/joint_states: no joints ['gripper']; the message has ['a',"
             in nodes.log('teleop_node'))
     leader['name'] = names
     holding(arm, switch)

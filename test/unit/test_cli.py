@@ -63,12 +63,12 @@ def test_wrong_input_is_one_line_and_2(il, dataset, tmp_path):
             (train, 'no budget: give steps or minutes'),
             ((*train, '--preset', tmp_path / 'absent.yaml'), 'no such file; beside it: wrong.yaml'),
             ((*train, '--preset', tmp_path / 'wrong.yaml'), 'polcy is not a known key'),
-            ((*train, '--steps', 1, '--observations', 'front'), 'front.*are images'),
+            ((*train, '--steps', 1, '--observations', 'front', '--vision.frames', 3), 'vision.frames is 3.*the history, 2'),
             ((*train, '--steps', 1, '--observations', 'wrist'), 'wrist'),
             ((*train, '--steps', 1, '--horizon', 18), 'horizon is 18.*such as 20'),
             (('evaluate', tmp_path, '--task', 'pusht'), 'no readable checkpoint'),
             (('import', 'npz', tmp_path / 'x.npz', out), 'no such file'),
-            (('convert', tmp_path, out, '--contract', tmp_path / 'absent.yaml'), 'no such file')):
+            (('convert', tmp_path, '--out', out, '--contract', tmp_path / 'absent.yaml'), 'no such file')):
         code, _, err = il(*arguments)
         assert code == 2 and len(err.strip().splitlines()) == 1 and err.startswith('il: '), err
         assert re.search(message, err), err
@@ -83,9 +83,9 @@ def test_wrong_arguments_are_explained(il, dataset):
 
 
 def test_train_makes_a_checkpoint(il, dataset, tmp_path):
-    code, out, _ = il('train', dataset, '--output', tmp_path / 'p', '--policy', 'bc', '--steps', 10, '--down-dims', 16,
+    code, out, _ = il('train', dataset, '--output', tmp_path / 'p', '--policy', 'bc', '--steps', 10, '--unet.down-dims', 16,
                       32, '--threads', 1, '--where', 'side=left')
-    assert code == 0 and '10 steps' in out and '4 episodes' in out
+    assert code == 0 and '10 steps' in out and '4 of 8 episodes' in out
     description = json.loads((tmp_path / 'p' / 'policy.json').read_text())
     assert description['kind'] == 'bc' and description['config']['unet']['down_dims'] == [16, 32]
     code, _, err = il('evaluate', tmp_path / 'p', '--task', 'pusht')
@@ -108,7 +108,7 @@ def test_as_a_process(dataset, tmp_path):
                             text=True)
     assert result.returncode == 2 and result.stderr.strip().endswith('no dataset here (dataset.json is absent)')
     process = subprocess.Popen([*MODULE, 'train', str(dataset), '--output', output, '--minutes', '0.2', '--threads',
-                                '1', '--down-dims', '16', '32'], stderr=subprocess.PIPE, text=True,
+                                '1', '--unet.down-dims', '16', '32'], stderr=subprocess.PIPE, text=True,
                                # A shell's background job inherits Ctrl-C ignored.
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert '10%' in process.stderr.readline()

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import struct
+import time
 from dataclasses import replace
 
+import av
 import cv2
 import numpy as np
 import pytest
 
 from il_policies.contract import Stream
-from il_policies.data.decode import DecodeError, decode, decode_jpeg, stamp_of
+from il_policies.data.decode import COLOUR, DecodeError, decode, decode_frame, encode_frame, jpeg_size, stamp_of
 from recordings import TYPES, compressed, header, joint_state, jpeg, picture, point
 
 JOINTS = Stream(
@@ -17,11 +20,28 @@ POINT = Stream(topic='goal', type='geometry_msgs/msg/PointStamped', rate=10, max
 CAMERA = Stream(topic='camera', type='sensor_msgs/msg/CompressedImage', rate=10, max_age=0.1, image_size=(8, 12))
 
 
-def raw(encoding: str, pixels: np.ndarray, padding: int = 0):
-    """A sensor_msgs/Image of (h, w, channels) pixels, each row padded."""
-    h, w, channels = pixels.shape
-    rows = np.concatenate([pixels.reshape(h, -1), np.full((h, padding), 255, np.uint8)], axis=1)
-    return TYPES.types['sensor_msgs/msg/Image'](header(1), h, w, encoding, 0, w * channels + padding, rows.ravel())
+DEPTH = replace(CAMERA, depth=True)
+SMOOTH = cv2.resize(np.random.default_rng(1).integers(0, 256, (3, 4, 3), np.uint8), (48, 32), interpolation=cv2.INTER_CUBIC)
+"""A colour image without detail, which the coarse colours of YUV and JPEG keep. (32, 48, 3)"""
+
+
+def raw(encoding: str, pixels: np.ndarray, padding: int = 0, big: bool = False, height: int | None = None):
+    """A sensor_msgs/Image of (rows, w, channels) pixels, each row padded."""
+    rows, w, _ = pixels.shape
+    packed = np.ascontiguousarray(pixels.astype(pixels.dtype.newbyteorder('>' if big else '<')))
+    packed = packed.view(np.uint8).reshape(rows, w * pixels.shape[2] * pixels.itemsize)
+    data = np.concatenate([packed, np.full((rows, padding), 255, np.uint8)], axis=1)
+    return TYPES.types['sensor_msgs/msg/Image'](header(1), height or rows, w, encoding, int(big), data.shape[1], data.ravel())
+
+
+def compressed_data(data: bytes, format: str = 'jpeg'):
+    """A CompressedImage of these bytes."""
+    return TYPES.types['sensor_msgs/msg/CompressedImage'](header(1), format, np.frombuffer(data, np.uint8))
+
+
+def png(image: np.ndarray) -> bytes:
+    """PNG file of an RGB or a 16-bit grey image."""
+    return cv2.imencode('.png', image[:, :, ::-1] if image.ndim == 3 and image.shape[2] == 3 else image)[1].tobytes()
 
 
 def test_joints_by_name():
@@ -71,13 +91,69 @@ def test_raw_images_respect_step_and_order():
         np.testing.assert_array_equal(decode(raw('mono8', pixels[..., :1], padding), CAMERA), pixels[..., [0, 0, 0]])
 
 
+@pytest.mark.parametrize(
+    'encoding, order', [('rgb', [0, 1, 2]), ('bgr', [2, 1, 0]), ('rgba', [0, 1, 2, 3]), ('bgra', [2, 1, 0, 3])])
+@pytest.mark.parametrize('bits, big', [(8, False), (16, False), (16, True)])
+def test_channels_in_every_order_and_depth(encoding, order, bits, big):
+    pixels = np.random.default_rng(0).integers(0, 1 << bits, (8, 12, 4)).astype(f'u{bits // 8}')
+    decoded = decode(raw(f'{encoding}{bits}', pixels[..., order], 3, big), CAMERA)
+    np.testing.assert_array_equal(decoded, pixels[..., :3] >> (bits - 8))
+
+
+@pytest.mark.parametrize('big', [False, True])
+def test_grey_of_16_bits_is_not_scaled_by_its_content(big):
+    pixels = np.array([[[0], [255], [256], [40000]]], np.uint16)
+    decoded = decode(raw('mono16', pixels, 2, big), replace(CAMERA, image_size=(1, 4)))
+    np.testing.assert_array_equal(decoded, np.array([0, 0, 1, 156])[None, :, None] * [1, 1, 1])
+
+
+@pytest.mark.parametrize('pattern', ['rggb', 'bggr', 'gbrg', 'grbg'])
+@pytest.mark.parametrize('bits', [8, 16])
+def test_bayer_against_the_mosaic_of_a_known_image(pattern, bits):
+    mosaic = np.zeros((32, 48, 1), f'u{bits // 8}')
+    for place, colour in enumerate(pattern):
+        y, x = divmod(place, 2)
+        mosaic[y::2, x::2, 0] = SMOOTH[y::2, x::2, 'rgb'.index(colour)].astype(int) << (bits - 8)
+    decoded = decode(raw(f'bayer_{pattern}{bits}', mosaic, 4), replace(CAMERA, image_size=(32, 48)))
+    assert np.abs(decoded.astype(int) - SMOOTH)[2:-2, 2:-2].mean() < 2
+
+
+@pytest.mark.parametrize('encoding, layout', [('uyvy', 'uyvy422'), ('yuv422', 'uyvy422'), ('yuyv', 'yuyv422'),
+                                              ('yuv422_yuy2', 'yuyv422'), ('nv12', 'nv12'), ('nv21', 'nv21')])
+def test_yuv_against_ffmpeg(encoding, layout):
+    frame = av.VideoFrame.from_ndarray(SMOOTH, 'rgb24').reformat(format=layout)
+    planes = [np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size) for plane in frame.planes]
+    pixels = np.concatenate([plane[:, :48 if len(planes) == 2 else 96] for plane in planes])
+    decoded = decode(raw(encoding, pixels.reshape(len(pixels), 48, -1), 6, height=32), replace(CAMERA, image_size=(32, 48)))
+    assert np.abs(decoded.astype(int) - SMOOTH).mean() < 5  # colours are kept at half the resolution; swapped ones differ by 60
+    assert np.abs(decoded.astype(int) - frame.reformat(format='rgb24').to_ndarray()).mean() < 4
+
+
 def test_raw_images_refused():
-    with pytest.raises(DecodeError, match="encoding is '16UC1'; valid: rgb8, bgr8, mono8"):
-        decode(raw('16UC1', picture(0)), CAMERA)
+    with pytest.raises(DecodeError, match="E208 camera: encoding is '16UC1'; valid: rgb8, .*; the contract says depth: false"):
+        decode(raw('16UC1', picture(0)[..., :1].astype(np.uint16)), CAMERA)
+    with pytest.raises(DecodeError, match="encoding is '8UC3'; valid: rgb8, bgr8, [^;]*$"):
+        decode(raw('8UC3', picture(0)), CAMERA)
+    with pytest.raises(DecodeError, match="encoding is 'rgb8'; valid: 16UC1, mono16, 32FC1; the contract says depth: true"):
+        decode(raw('rgb8', picture(0)), DEPTH)
+    with pytest.raises(DecodeError, match='must be even'):
+        decode(raw('uyvy', np.zeros((8, 11, 2), np.uint8)), CAMERA)
     short = raw('rgb8', picture(0))
     short.data = short.data[:-1]
     with pytest.raises(DecodeError, match='287 bytes do not hold 8 rows of 36 bytes'):
         decode(short, CAMERA)
+
+
+@pytest.mark.parametrize('encoding', COLOUR)
+@pytest.mark.parametrize('size', [(0, 0), (1, 1), (1, 2), (3, 5), (2, 2)])
+def test_no_encoding_fails_otherwise_than_with_words(encoding, size):
+    layout = COLOUR[encoding]
+    rows = size[0] + size[0] // 2 if layout.planar else size[0]
+    message = raw(encoding, np.zeros((rows, size[1], layout.channels), layout.dtype), height=size[0])
+    try:
+        assert decode(message, CAMERA).shape == (8, 12, 3)
+    except DecodeError as error:
+        assert error.code == 'E208'
 
 
 def test_compressed_images():
@@ -87,10 +163,96 @@ def test_compressed_images():
     red = np.zeros((8, 12, 3), np.uint8)
     red[..., 0] = 200
     assert decode(compressed(1, red), CAMERA)[..., 0].min() > 190
-    broken = compressed(1, red)
-    broken.data = broken.data[:20]
-    with pytest.raises(DecodeError, match="20 bytes of format 'jpeg' are no image"):
-        decode(broken, CAMERA)
+    np.testing.assert_array_equal(decode(compressed_data(png(smooth), 'rgb8; png compressed bgr8'), CAMERA), smooth)
+    for data, words in ((b'', '0 bytes are no image'), (b'\x00\x00\x00\x01\x67', '5 bytes are no image; valid: jpeg, png')):
+        with pytest.raises(DecodeError, match=f"E208 camera, format 'h264': {words}"):
+            decode(compressed_data(data, 'h264'), CAMERA)
+
+
+def exif(thumbnail: bytes) -> bytes:
+    """A segment of a JPEG file that holds a small one."""
+    return b'\xff\xe1' + struct.pack('>H', len(thumbnail) + 8) + b'Exif\0\0' + thumbnail
+
+
+@pytest.mark.parametrize('options', [[], [cv2.IMWRITE_JPEG_PROGRESSIVE, 1], [cv2.IMWRITE_JPEG_RST_INTERVAL, 2]])
+@pytest.mark.parametrize('grey', [False, True])
+def test_size_of_a_jpeg_without_decoding_it(options, grey):
+    plain = cv2.imencode('.jpg', SMOOTH[..., 0] if grey else SMOOTH, options)[1].tobytes()
+    thumbnail = jpeg(picture(3, (4, 4)))
+    for data in (plain, plain + bytes(100), plain[:2] + exif(thumbnail) + plain[2:], plain[:2] + b'\xff\xff' + plain[2:]):
+        assert jpeg_size(data) == (32, 48)
+        assert decode_frame(data, (32, 48, 3), '').shape == (32, 48, 3)
+
+
+def test_a_truncated_image_is_never_taken_for_a_whole_one():
+    for whole in (jpeg(SMOOTH), jpeg(SMOOTH)[:2] + exif(jpeg(picture(3, (4, 4)))) + jpeg(SMOOTH)[2:], png(SMOOTH)):
+        decode(compressed_data(whole), CAMERA)
+        for length in range(0, len(whole), 7 if whole[:1] == b'\xff' else 97):
+            for images in ('jpeg95', 'passthrough'):
+                with pytest.raises(DecodeError, match='truncated|no image'):
+                    encode_frame(compressed_data(whole[:length]), CAMERA, images)
+            with pytest.raises(DecodeError, match='truncated|no image'):
+                decode(compressed_data(whole[:length]), CAMERA)
+
+
+def test_jpeg_size_against_noise():
+    random = np.random.default_rng(0)
+    whole = bytearray(jpeg(SMOOTH))
+    for _ in range(2000):
+        data = bytearray(whole)
+        for place in random.integers(2, len(data), 4):
+            data[place] = random.integers(256)
+        size = jpeg_size(bytes(data))
+        assert size is None or all(value > 0 for value in size)
+
+
+def test_depth_is_in_millimetres_whatever_is_in_the_frame():
+    metres = np.array([[0.0, 0.0004, 0.0006, 1.2344], [np.nan, np.inf, -np.inf, -1.0], [65.535, 65.6, 1e30, 2.0]], np.float32)
+    expected = np.array([[0, 0, 1, 1234], [0, 0, 0, 0], [65535, 65535, 65535, 2000]], np.uint16)[:, :, None]
+    stream = replace(DEPTH, image_size=(3, 4))
+    for big in (False, True):
+        decoded = decode(raw('32FC1', metres[:, :, None], 5, big), stream)
+        assert decoded.dtype == np.uint16
+        np.testing.assert_array_equal(decoded, expected)
+        for encoding in ('16UC1', 'mono16'):
+            np.testing.assert_array_equal(decode(raw(encoding, expected, 2, big), stream), expected)
+
+
+def test_compressed_depth():
+    stream = replace(DEPTH, image_size=(2, 3))
+    depth = np.array([[0, 1, 500], [65535, 3, 9999]], np.uint16)
+    for format in ('16UC1; compressedDepth png', '16UC1; compressedDepth'):
+        decoded = decode(compressed_data(struct.pack('<iff', 0, 0, 0) + png(depth), format), stream)
+        np.testing.assert_array_equal(decoded[:, :, 0], depth)
+    np.testing.assert_array_equal(decode(compressed_data(png(depth), '16UC1; png compressed '), stream)[:, :, 0], depth)
+    # 32FC1 as the transport quantises it: 1 / depth, so that near is exact and far is coarse.
+    metres, quantisation, farthest = np.array([[0.5, 1.0, 2.0], [4.0, np.nan, 8.0]]), 100.0, 10.0
+    a = quantisation * (quantisation + 1)
+    b = 1 - a / farthest
+    inverse = np.where(np.isnan(metres), 0, np.round(a / np.nan_to_num(metres, nan=1.0) + b)).astype(np.uint16)
+    decoded = decode(compressed_data(struct.pack('<iff', 0, a, b) + png(inverse), '32FC1; compressedDepth png'), stream)[..., 0]
+    assert decoded[1, 1] == 0
+    known = ~np.isnan(metres)
+    assert np.all(np.abs(decoded[known] - 1e3 * metres[known]) <= 1e3 * metres[known] ** 2 / a / 2 + 1)
+
+
+@pytest.mark.parametrize('stream, data, format, words', [
+    (DEPTH, bytes(40), '32FC1; compressedDepth rvl', 'not read; valid: 16UC1 and 32FC1 as png'),
+    (DEPTH, bytes(7), '16UC1; compressedDepth png', 'no 16-bit grey PNG'),
+    (DEPTH, jpeg(picture(0)), 'jpeg', 'no 16-bit grey PNG, which depth must be'),
+    (DEPTH, png(picture(0)), 'png', 'no 16-bit grey PNG'),
+    (CAMERA, bytes(40), '16UC1; compressedDepth png', 'a depth image; set depth: true in the contract'),
+])
+def test_compressed_depth_refused(stream, data, format, words):
+    with pytest.raises(DecodeError, match=f'E208 camera, format .*{words}'):
+        decode(compressed_data(data, format), stream)
+
+
+def test_resized_depth_holds_only_distances_that_were_measured():
+    depth = np.where(np.arange(24) < 12, 500, 3000).astype(np.uint16)[None, :, None].repeat(16, axis=0)
+    for size in ((8, 12), (5, 7), (40, 60)):
+        decoded = decode(raw('16UC1', depth), replace(DEPTH, image_size=size))
+        assert decoded.shape == (*size, 1) and set(np.unique(decoded)) == {500, 3000}
 
 
 def test_resized_by_area():
@@ -102,11 +264,50 @@ def test_resized_by_area():
 
 def test_jpeg_passes_unchanged_or_is_resized():
     message = compressed(1, picture(77))
-    assert decode_jpeg(message, CAMERA) == jpeg(picture(77))
-    for other in (compressed(1, picture(77, (20, 30))), raw('rgb8', picture(77))):
-        stored = cv2.imdecode(np.frombuffer(decode_jpeg(other, CAMERA), np.uint8), cv2.IMREAD_COLOR)
+    assert encode_frame(message, CAMERA) == jpeg(picture(77))
+    for other in (compressed(1, picture(77, (20, 30))), raw('rgb8', picture(77)), compressed_data(png(picture(77)), 'png')):
+        stored = cv2.imdecode(np.frombuffer(encode_frame(other, CAMERA), np.uint8), cv2.IMREAD_COLOR)
         assert stored.shape == (8, 12, 3)
         np.testing.assert_allclose(stored, 77, atol=1)
+
+
+def test_passthrough_reads_like_the_live_image():
+    for recorded in (jpeg(SMOOTH), png(SMOOTH)):
+        message = compressed_data(recorded)
+        stored = encode_frame(message, CAMERA, 'passthrough')
+        assert stored == recorded
+        np.testing.assert_array_equal(decode_frame(stored, CAMERA.shape, ''), decode(message, CAMERA))
+    assert jpeg_size(encode_frame(raw('rgb8', SMOOTH), CAMERA, 'passthrough')) == CAMERA.image_size
+
+
+def test_stored_depth_is_the_live_depth():
+    depth = np.random.default_rng(0).integers(0, 65536, (16, 24, 1), np.uint16)
+    for images in ('jpeg95', 'passthrough'):
+        for message in (raw('16UC1', depth), compressed_data(bytes(12) + png(depth), '16UC1; compressedDepth png')):
+            stored = encode_frame(message, DEPTH, images)
+            assert stored[:4] == b'\x89PNG'
+            np.testing.assert_array_equal(decode_frame(stored, DEPTH.shape, ''), decode(message, DEPTH))
+
+
+def test_knowing_the_size_is_much_cheaper_than_decoding():
+    """What lets images of the right size be copied faster than they are recorded."""
+    large = cv2.resize(SMOOTH, (640, 480))
+    message, stream = compressed(1, large), replace(CAMERA, image_size=(480, 640))
+    start = time.process_time()
+    for _ in range(30):
+        decode(message, stream)
+    decoding = time.process_time() - start
+    start = time.process_time()
+    for _ in range(30):
+        encode_frame(message, stream)
+    assert time.process_time() - start < decoding / 5
+
+
+def test_kind_and_shape_of_a_stream():
+    assert [(stream.kind, stream.shape) for stream in (JOINTS, POINT, CAMERA, DEPTH)] == [
+        ('lowdim', (2,)), ('lowdim', (2,)), ('image', (8, 12, 3)), ('depth', (8, 12, 1))]
+    with pytest.raises(ValueError, match='stream on goal: depth needs image_size'):
+        replace(POINT, depth=True)
 
 
 def test_stamps():

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from il_policies.planner import Planner, resample
+from il_policies.policies.flow import Flow
 from test_bc import make_bc
 from test_flow import make_flow
+from test_vision import make_policy, pictures
 
 OBSERVATION = {'state': np.array([[0.1, -0.2], [0.3, 0.0]], np.float32)}
 
@@ -35,6 +37,17 @@ def test_the_warm_start_is_the_previous_chunk_by_time():
     np.testing.assert_allclose(first, flow.predict(batch, noise=noises[0])[0].numpy(), atol=1e-6)
     np.testing.assert_allclose(second, flow.predict(batch, noise=noises[1], warm=(shifted, 0.5))[0].numpy(), atol=1e-5)
     assert first.shape == (8, 3) and first.dtype == np.float64
+
+
+def test_images_reach_the_policy_as_they_are():
+    policy = make_policy(Flow)
+    planner = Planner(policy, 'per_chunk', seed=3)
+    planner.warm_up()
+    images = pictures(1)[0]
+    chunk = planner.plan({**OBSERVATION, 'front': images.numpy()}, 0.0)
+    noise = torch.randn((1, 8, 3), generator=torch.Generator().manual_seed(3))
+    batch = {'state': torch.from_numpy(OBSERVATION['state'])[None], 'front': images[None]}
+    np.testing.assert_allclose(chunk, policy.predict(batch, noise=noise)[0].numpy(), atol=1e-6)
 
 
 def test_noise_per_epoch_and_per_chunk():

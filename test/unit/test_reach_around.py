@@ -4,6 +4,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -15,8 +16,14 @@ from il_policies.sim.reach_around import (
     DESCRIPTION,
     EPISODE_S,
     FUNNEL,
+    GOAL_ANGLE,
+    GOAL_RADIUS,
     JOINTS,
+    PAN_AXIS,
     PILLAR,
+    REACH_TOLERANCE,
+    START_X,
+    START_Y,
     TIP_HEIGHT,
     ReachAround,
     Scene,
@@ -96,19 +103,28 @@ def test_inverse_kinematics_refuses_what_is_out_of_reach(tip):
         inverse_kinematics(np.array([tip]))
 
 
-@pytest.mark.parametrize('noise', [0.0, 0.003])
-def test_the_expert_reaches_both_ways_within_the_limits(sim, root, noise):
+def corner(i: int) -> Scene:
+    """The goals furthest out of the wide area, with the starts furthest to the other side."""
+    angle, y = (GOAL_ANGLE[1], START_Y[0]) if i % 2 else (GOAL_ANGLE[0], START_Y[1])
+    radius = GOAL_RADIUS[i // 2]
+    return Scene((START_X[i // 2], y), (PAN_AXIS[0] + radius * np.cos(angle), PAN_AXIS[1] + radius * np.sin(angle)))
+
+
+@pytest.mark.parametrize(('noise', 'scenes'), [
+    (0.0, [sample_scene(np.random.default_rng([7, i])) for i in range(4)]),
+    (0.003, [sample_scene(np.random.default_rng([7, i])) for i in range(4)]),
+    (0.003, [corner(i) for i in range(4)])], ids=['plain', 'noise', 'wide'])
+def test_the_expert_reaches_both_ways_within_the_limits(sim, root, noise, scenes):
     contract = load_contract(root / 'config/robots/so101.yaml')
     low, high = np.array([joint.position for joint in contract.action_joints]).T
     velocity = np.array([joint.velocity for joint in contract.action_joints])
     acceleration = np.array([joint.acceleration for joint in contract.action_joints])
-    for i in range(4):
-        scene = sample_scene(np.random.default_rng([7, i]))
+    for i, scene in enumerate(scenes):
         for side in (1, -1):
             commands = expert(scene, side, noise, np.random.default_rng(i))
             tips = play(sim, scene, commands)
             assert sim.reached and not sim.touched
-            assert np.sign(tips[np.argmax(np.abs(tips[:, 1])), 1]) == side
+            assert np.sign(tips[np.argmax(tips[:, 0] > PILLAR[0]), 1]) == side, 'where it passes the pillar'
             assert (commands > low + 0.01).all() and (commands < high - 0.01).all()
             assert (np.abs(np.diff(commands, axis=0)) / CONTROL_PERIOD < 0.95 * velocity).all()
             assert (np.abs(np.diff(commands, 2, axis=0)) / CONTROL_PERIOD**2 < 0.95 * acceleration).all()
@@ -172,6 +188,17 @@ def test_scenes_are_drawn_from_their_areas():
     assert all(PILLAR[0] > scene.start[0] for scene in scenes)
 
 
+def test_wide_goals_are_reached_by_chance_once_in_seven_times():
+    """Brute force over an evaluation's goals: who goes to any one of them, or knows the best place to go to."""
+    goals = np.array([sample_scene(np.random.default_rng([0, i]), 'wide').goal for i in range(400)])
+    radius = np.hypot(goals[:, 0] - PAN_AXIS[0], goals[:, 1] - PAN_AXIS[1])
+    assert 0.243 <= radius.min() and radius.max() <= 0.252 and goals[:, 1].min() < -0.09 and goals[:, 1].max() > 0.09
+    near = np.linalg.norm(goals[:, None] - goals, axis=-1) < REACH_TOLERANCE
+    assert 0.12 < (near.sum() - 400) / (400 * 399) < 1 / 6 and near.mean(axis=0).max() < 0.2
+    with pytest.raises(SceneError, match="goals is 'far'; valid: narrow, wide"):
+        sample_scene(np.random.default_rng(0), 'far')
+
+
 @pytest.mark.parametrize('command', [[0.0] * 5, [0.0] * 5 + [np.nan]])
 def test_commands_that_mean_nothing_are_refused(sim, command):
     with pytest.raises(ValueError, match='6 finite positions'):
@@ -204,6 +231,13 @@ def test_the_camera_sees_pillar_goal_and_arm():
     moved = sim.render_pose(expert(Scene(), 1)[80], (0.28, 0.03), (96, 128))
     assert (np.abs(moved.astype(int) - image).max(axis=2) > 50).sum() > 300
     assert np.array_equal(sim.data.qpos, before)
+
+    def photo(*goal):
+        return cv2.imdecode(np.frombuffer(sim.photograph((96, 128), *goal), np.uint8), cv2.IMREAD_COLOR)[..., ::-1].astype(int)
+
+    assert np.abs(photo() - image).mean() < 3 and np.array_equal(photo(), photo(sim.scene.goal))
+    other = np.abs(photo((0.27, 0.09)) - photo()).max(axis=2) > 60
+    assert 20 < other.sum() < 150, 'two discs differ and nothing else'
     sim.close()
 
 

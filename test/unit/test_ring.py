@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from il_runtime.ring import OVERHEAD, Message, Ring
+from il_runtime.ring import OVERHEAD, Message, Meter, Ring
 
 LATCHED = 'status'
 ARRIVALS = st.lists(st.tuples(st.integers(0, 30), st.sampled_from(['a', 'b', LATCHED]), st.integers(0, 500)), max_size=60)
@@ -58,3 +60,62 @@ def test_in_the_order_of_receipt():
         ring.add(0.0, Message('a', b'', received, 0, 0))
     assert [message.received for message in ring.messages()] == [1, 2, 3]
     assert Ring(1.0, 1).messages() == [] and Ring(1.0, 1).span == 0.0
+
+
+S = 10**9
+DECLARED = 20.0
+
+
+def metered(arrivals, declared: float = DECLARED) -> Meter:
+    """A meter after arrivals at these times [s]."""
+    meter = Meter(declared)
+    for arrival in arrivals:
+        meter.add(round(arrival * S))
+    return meter
+
+
+@pytest.mark.parametrize('rate', [0.5, 5.0, 20.0, 29.97, 1000.0])
+def test_the_rate_of_a_regular_stream(rate):
+    meter = metered(np.arange(0.0, 20.0, 1.0 / rate), declared=rate)
+    now = round(20.0 * S - S / rate)
+    assert abs(meter.rate(now) / rate - 1.0) < 1e-6 and meter.off(now, 0.01) == ''
+    assert meter.known(now) == 1.0
+
+
+@given(st.lists(st.floats(0.001, 0.099), min_size=40, max_size=200), st.floats(0.0, 5.0))
+def test_rate_by_brute_force(gaps, silence):
+    arrivals = np.cumsum(gaps)
+    now = arrivals[-1] + silence
+    stamps = np.round(arrivals * S)
+    inside = stamps[stamps >= round(now * S) - 3 * S]
+    end = round(now * S) if silence > 2 / DECLARED + 1e-6 else inside[-1] if len(inside) else 0
+    expected = (len(inside) - 1) / (end - inside[0]) * S if len(inside) > 1 else 0.0
+    if abs(silence - 2 / DECLARED) > 1e-6:
+        assert metered(arrivals).rate(round(now * S)) == pytest.approx(expected)
+
+
+def test_what_is_off_rate():
+    fast = np.arange(0.0, 4.0, 0.05)
+    for arrivals, now, words in (
+        (fast, 4.0, ''),
+        (fast[::2], 4.0, '10 Hz, declared 20 Hz'),
+        (np.arange(0.0, 4.0, 1 / 24), 4.0, '24 Hz, declared 20 Hz'),
+        (np.arange(0.0, 4.0, 1 / 22), 4.0, ''),
+        ([*fast[fast < 1.0], *fast[fast > 2.0]], 3.95, '13 Hz, declared 20 Hz'),  # a second without
+        (fast, 4.95, '13.3 Hz, declared 20 Hz'),  # and now
+        (fast, 40.0, '0 Hz, declared 20 Hz'),
+        ([], 1.0, '0 Hz, declared 20 Hz'),
+    ):
+        assert metered(arrivals).off(round(now * S), 0.15) == words
+
+
+def test_how_much_of_the_window_is_known():
+    assert Meter(DECLARED).known(5 * S) == 0.0
+    for now, share in ((10.0, 0.0), (11.5, 0.5), (13.0, 1.0), (20.0, 1.0)):
+        assert metered([10.0, 10.5]).known(round(now * S)) == share
+    assert metered([10.0], declared=0.5).known(15 * S) == 0.5, 'five periods, if that is longer'
+
+
+def test_time_that_begins_again_begins_a_new_measurement():
+    meter = metered([*np.arange(100.0, 110.0, 0.05), *np.arange(0.0, 1.0, 0.1)])
+    assert meter.rate(round(0.9 * S)) == pytest.approx(10.0) and meter.known(round(0.9 * S)) == pytest.approx(0.3)

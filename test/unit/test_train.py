@@ -11,6 +11,7 @@ from il_policies import checkpoint
 from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode
 from il_policies.policies import PolicyError
 from il_policies.policies.unet import UNetConfig
+from il_policies.policies.vision import VisionConfig
 from il_policies.train import TrainConfig, TrainError, budget_spent, choose_episodes, learning_rate, train
 
 SMALL = UNetConfig((16, 32), activation='silu')
@@ -95,6 +96,55 @@ def test_choosing_episodes(dataset):
         choose_episodes(dataset, TrainConfig(where=('colour=red',)))
 
 
+def judged(path, verdicts: list[tuple[str, bool | None]]) -> Dataset:
+    """Episodes of two rows with these verdicts and labels of success."""
+    create(path, DatasetInfo(fps=10.0, features={'state': Feature((1,), 'lowdim')}, action=ActionInfo(('a',)), label='command'))
+    for index, (verdict, success) in enumerate(verdicts):
+        reasons = {'PASS': [], 'WARN': ['WARN a little late'], 'FAIL': ['FAIL gap of 0.83 s on /cam', 'WARN a little late']}
+        write_episode(path, index, {'state': np.array([[0.0], [1.0]])}, np.array([[0.0], [1.0]]), np.arange(2) * 10**8,
+                      np.zeros(2, bool), {}, {'source': f'demo_{index:02d}', 'success': success},
+                      {'verdict': verdict, 'reasons': reasons[verdict]})
+    return Dataset(path)
+
+
+def test_bad_recordings_are_refused_unless_told(tmp_path):
+    data = judged(tmp_path / 'd', [('PASS', True), ('FAIL', True), ('WARN', None), ('FAIL', False)])
+    with pytest.raises(TrainError) as error:
+        choose_episodes(data, TrainConfig())
+    lines = str(error.value).splitlines()
+    assert '1 of 3 episodes failed the check' in lines[0] and '--failed skip' in lines[0] and '--failed use' in lines[0]
+    assert lines[1:] == ['  episode 1 (demo_01): FAIL gap of 0.83 s on /cam'], 'one line for each, with what it failed for'
+    assert choose_episodes(data, TrainConfig(failed='skip')) == [0, 2]
+    assert choose_episodes(data, TrainConfig(failed='use')) == [0, 1, 2]
+    assert choose_episodes(data, TrainConfig(where=('source=demo_02',))) == [2], 'only what would be trained on is judged'
+
+
+def test_failures_are_left_out_unless_told(tmp_path):
+    data = judged(tmp_path / 'd', [('PASS', True), ('PASS', False), ('PASS', None)])
+    assert choose_episodes(data, TrainConfig()) == [0, 2]
+    assert choose_episodes(data, TrainConfig(unsuccessful='use')) == [0, 1, 2]
+    nothing = judged(tmp_path / 'n', [('PASS', False), ('FAIL', True)])
+    with pytest.raises(TrainError, match='none of 2 episodes is left.*--unsuccessful use.*--failed use'):
+        choose_episodes(nothing, TrainConfig(failed='skip'))
+    assert len(choose_episodes(judged(tmp_path / 'm', [('PASS', None)] * 3 + [('FAIL', None)] * 15),
+                               TrainConfig(failed='skip', max_episodes=2))) == 2
+
+
+def test_images_train_and_the_checkpoint_sees_them(dataset, tmp_path):
+    vision = VisionConfig(channels=(8,), keypoints=4, size=8)
+    config = TrainConfig(unet=SMALL, vision=vision, observations=('state', 'front'), steps=12, horizon=8, warmup_steps=2,
+                         threads=1)
+    trained = train(dataset, config, tmp_path / 'p', quiet)
+    loaded = checkpoint.load(tmp_path / 'p')
+    assert loaded.spec.features == {'state': (2,), 'front': (8, 8, 3)} and loaded.config.vision == vision
+    observation = {'state': torch.randn(3, 2, 2), 'front': torch.randint(0, 256, (3, 2, 8, 8, 3), dtype=torch.uint8)}
+    noise = torch.randn(3, 8, 1)
+    torch.testing.assert_close(loaded.predict(observation, noise=noise), trained.predict(observation, noise=noise),
+                               rtol=1e-5, atol=1e-6)
+    again = train(dataset, config, progress=quiet)
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters())), 'shifts follow the seed too'
+
+
 def test_a_loss_that_is_not_finite_stops_it(dataset, tmp_path):
     config = TrainConfig(unet=SMALL, steps=50, horizon=8, learning_rate=1e30, warmup_steps=0, threads=1)
     with pytest.raises(TrainError, match='the loss became (nan|inf) at step'):
@@ -103,8 +153,8 @@ def test_a_loss_that_is_not_finite_stops_it(dataset, tmp_path):
 
 
 def test_what_cannot_be_trained_is_named(dataset):
-    with pytest.raises(PolicyError, match='front.*are images'):
-        train(dataset, TrainConfig(observations=('front',), steps=1), progress=quiet)
+    with pytest.raises(PolicyError, match='vision.frames is 2, must be at most the history, 1'):
+        train(dataset, TrainConfig(observations=('front',), vision=VisionConfig(frames=2), history=1, steps=1), progress=quiet)
     with pytest.raises(TrainError, match='no budget'):
         train(dataset, TrainConfig(), progress=quiet)
     for wrong, message in (({'steps': 0}, 'steps is 0'), ({'where': ('left',)}, 'field=value'),
@@ -113,12 +163,13 @@ def test_what_cannot_be_trained_is_named(dataset):
             TrainConfig(**wrong)
 
 
-@pytest.mark.parametrize('preset', ['bc', 'flow', 'flow_pusht'])
+@pytest.mark.parametrize('preset', ['bc', 'flow', 'flow_images', 'flow_pusht'])
 def test_presets_are_valid(preset, root):
     from il_policies.contract import from_dict, load_yaml
     path = root / 'config' / 'policies' / f'{preset}.yaml'
     config = from_dict(TrainConfig, load_yaml(path), str(path))
     assert config.policy == preset.split('_')[0] and (config.steps is None) != (config.minutes is None)
+    assert preset != 'flow_images' or config.observations == ('joint_positions', 'front'), 'the goal is seen by the camera only'
 
 
 def test_bc_and_flow_presets_differ_in_the_objective_only(root):

@@ -8,35 +8,49 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 
-def convert(bags: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional],
-            contract: Path) -> None:
-    """Turn recorded bags into a dataset, one episode each; bags that cannot be used are named with the reason.
+def convert(argv: list[str]) -> None:
+    """Turn recorded bags into a dataset."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-    Args:
-        bags: Folder of rosbag2 bags (mcap), or one bag.
-        out: Dataset to make; bags already in it are not converted again.
-        contract: Contract of the robot that was recorded: config/robots/<robot>.yaml.
-    """
     from il_policies.contract import load_contract
-    from il_policies.data.convert import convert, summary_line
+    from il_policies.data.bag import find_bags
+    from il_policies.data.convert import ConvertCommand, convert, summary_line
 
-    def show(done: int, total: int, report) -> None:
-        if report.refused:
-            print(f'refused: {" ".join(report.refused.split())}', file=sys.stderr)
-        elif sys.stderr.isatty():
-            print(f'\r{done}/{total} bags', end='\n' if done == total else '', file=sys.stderr, flush=True)
+    arguments = tyro.cli(ConvertCommand, args=argv, prog='il convert')
+    contract = load_contract(arguments.contract) if arguments.contract else None
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    with Progress('converting', BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console, transient=True,
+                  disable=not console.is_terminal) as bar:
+        task = bar.add_task('', total=1.0)
 
-    reports = convert(bags, load_contract(contract), out, show)
-    print(f'{out}: {summary_line(reports)}')
-    if all(report.refused for report in reports):
-        raise SystemExit(2)
+        def show(share: float, refused: tuple[str, ...]) -> None:
+            bar.update(task, completed=share)
+            for reason in refused:
+                bar.console.print('refused:', *reason.split(), markup=False)
+
+        reports = convert(arguments.bags, contract, arguments.out, arguments.conversion, arguments.jobs, arguments.prune, show)
+    for report in reports:
+        for reason in report.details.get('reasons', ()):
+            console.print(f'episode {report.index} ({report.bag}): {reason}', markup=False)
+    if not arguments.conversion.salvage:
+        short = {part for bags in arguments.bags for part in find_bags(bags, salvage=True)}
+        short -= {bag for bags in arguments.bags for bag in find_bags(bags)}
+        if short:
+            names = ', '.join(sorted(map(str, short)))
+            console.print(f'left out, cut short while being recorded: {names}; use them with --salvage', markup=False)
+    print(f'{arguments.out}: {summary_line(reports)}')
+    refused = [report for report in reports if report.refused]
+    if refused:
+        raise SystemExit(2 if len(refused) == len(reports) else 1)
 
 
 def import_npz(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional],
@@ -51,39 +65,220 @@ def import_npz(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Pat
     """
     from il_policies.data.importers import import_npz, load_mapping
 
-    dataset = import_npz(source, out, load_mapping(mapping) if mapping else None)
+    with _bar('importing') as progress:
+        dataset = import_npz(source, out, load_mapping(mapping) if mapping else None, progress)
+    _describe(dataset)
+
+
+def import_zarr(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional],
+                mapping: Path | None = None) -> None:
+    """Turn a zarr replay buffer of Diffusion Policy or UMI into a dataset.
+
+    Args:
+        source: A .zarr folder or .zarr.zip file with groups data and meta.
+        out: Dataset to make.
+        mapping: YAML file that says what the arrays mean, such as config/imports/umi.yaml; without it the arrays in the
+            file are listed.
+    """
+    from il_policies.data.importers import import_zarr, load_mapping
+
+    with _bar('importing') as progress:
+        dataset = import_zarr(source, out, load_mapping(mapping) if mapping else None, progress)
+    _describe(dataset)
+
+
+def import_lerobot(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Turn a LeRobot dataset of version 3.0 into a dataset; what il export lerobot wrote becomes what it was.
+
+    Args:
+        source: Folder of the LeRobot dataset, with meta/info.json.
+        out: Dataset to make.
+    """
+    from il_policies.data.lerobot import import_lerobot
+
+    with _bar('importing') as progress:
+        dataset, left_out = import_lerobot(source, out, progress)
+    _describe(dataset)
+    if left_out:
+        print(f'left out, being neither observation nor action: {", ".join(left_out)}')
+
+
+def export_lerobot(dataset: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional],
+                   images: Literal['h264', 'av1', 'jpeg'] = 'h264', crf: int | None = None,
+                   state: tuple[str, ...] | None = None, data_file_mb: int = 100, video_file_mb: int = 200,
+                   jobs: int | None = None) -> None:
+    """Turn a dataset into a LeRobot dataset of version 3.0.
+
+    Args:
+        dataset: Dataset to export.
+        out: Folder of the LeRobot dataset to make.
+        images: Cameras as H.264 or AV1 video, or, larger but exact, as the stored JPEG files. Depth is never video.
+        crf: Quality of the video, lower is better; none: 18 for h264, 30 for av1.
+        state: Features to join to observation.state, which LeRobot's policies read; none: all low-dimensional ones.
+        data_file_mb: Largest data file, unless one episode is larger [MiB].
+        video_file_mb: Largest video file, unless one episode is larger [MiB].
+        jobs: Threads that encode images; none: as many as there are cores.
+    """
+    from il_policies.data.lerobot import ExportConfig, export_lerobot
+    from il_policies.data.store import Dataset
+
+    source = Dataset(dataset)
+    with _bar('exporting') as progress:
+        info = export_lerobot(source, out, ExportConfig(images, crf, state, data_file_mb, video_file_mb, jobs), progress)
+    print(f'{out}: LeRobot {info["codebase_version"]}, {info["total_episodes"]} episodes, {info["total_frames"]} frames at '
+          f'{info["fps"]:g} Hz, {info["total_tasks"]} task{"s" if info["total_tasks"] > 1 else ""}')
+    for name, feature in info['features'].items():
+        if name == 'action' or name.startswith('observation.'):
+            kind = feature.get('info', {}).get('video.codec') or feature['dtype']
+            print(f'  {name:<28} {"×".join(map(str, feature["shape"]))} {kind}')
+    for what, count in (('labelled a failure', sum(meta['success'] is False for meta in source.episodes)),
+                        ('judged FAIL', sum(source.report(i).get('verdict') == 'FAIL' for i in range(len(source))))):
+        if count:
+            print(f'il: {count} of {len(source)} episodes are {what}, for which LeRobot has no place; il split takes them out',
+                  file=sys.stderr)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[float], None]]:
+    """A progress bar on a terminal, to be called with the share that is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    with Progress(TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console, transient=True,
+                  disable=not console.is_terminal) as bar:
+        task = bar.add_task('', total=1.0)
+        yield lambda share: bar.update(task, completed=share)
+
+
+def _describe(dataset) -> None:
     rows = sum(meta['length'] for meta in dataset.episodes)
-    print(f'{out}: {len(dataset)} episodes, {rows} rows at {dataset.info.fps:g} Hz, features '
+    print(f'{dataset.path}: {len(dataset)} episodes, {rows} rows at {dataset.info.fps:g} Hz, features '
           f'{", ".join(dataset.info.features)}')
+
+
+def merge(datasets: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path) -> None:
+    """Make one dataset of several; an episode that occurs in more than one of them is taken once.
+
+    Args:
+        datasets: Datasets with the same rate, features, action and contract.
+        out: Dataset to make. Its files are shared with the others by hard links where possible.
+    """
+    from il_policies.data.edit import merge
+
+    dataset, left_out = merge(datasets, out)
+    rows = sum(meta['length'] for meta in dataset.episodes)
+    print(f'{out}: {len(dataset)} episodes, {rows} rows, hash {dataset.hash}')
+    if left_out:
+        print(f'left out, being the same as one before: {", ".join(left_out)}')
+
+
+def split(dataset: Annotated[Path, tyro.conf.Positional],
+          parts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar='NAME=WHAT …')], out: Path,
+          seed: int = 0) -> None:
+    """Divide the episodes of a dataset among new ones.
+
+    Args:
+        dataset: Dataset to divide; it stays as it is.
+        parts: NAME=WHAT for each: a share drawn at random (train=0.9), episodes by index (bad=3,17 or first=0-49) or by what
+            is known of them (bad=verdict:FAIL, failed=success:False, left=side:left), or all that is left (val=rest).
+        out: Folder to make, with one dataset NAME for each part.
+        seed: Seed of the draw.
+    """
+    from il_policies.data.edit import split
+    from il_policies.data.store import Dataset
+
+    made = split(dataset, out, parts, seed)
+    for part in made.values():
+        print(f'{part.path}: {len(part)} episodes, {sum(meta["length"] for meta in part.episodes)} rows, hash {part.hash}')
+    left = len(Dataset(dataset)) - sum(map(len, made.values()))
+    if left:
+        print(f'{left} episodes are in no part')
+
+
+def inspect(source: Annotated[tuple[Path, ...], tyro.conf.Positional,
+                              tyro.conf.arg(metavar='BAG|DATASET [BAG …]', help_behavior_hint='(required)')],
+            contract: Path | None = None, html: Path | None = None,
+            json_file: Annotated[Path | None, tyro.conf.arg(name='json')] = None, gaps: Literal['refuse', 'split'] = 'refuse',
+            markers: str = '', salvage: tyro.conf.FlagCreatePairsOff[bool] = False,
+            msg_path: tyro.conf.UseAppendAction[tuple[Path, ...]] = (), jobs: int = 0) -> None:
+    """Judge every episode of bags or of a dataset: PASS, WARN or FAIL, and why.
+
+    Exit code 0: no FAIL; 1: some; 2: nothing there that can be looked at.
+
+    Args:
+        source: Bags, folders of bags, or one dataset.
+        contract: Contract of the robot: config/robots/<robot>.yaml. None: the one inside the bag or dataset.
+        html: Page to write: of every episode first and last images, streams over time, command and measurement of joints.
+        json_file: File to write: all reports as JSON.
+        gaps: Bags: what a gap too long to be repeated does: refuse the episode, or end it and begin another one after the gap.
+        markers: Bags: topic (std_msgs/String) whose marks cut a bag into episodes, as for il convert.
+        salvage: Bags: look at what is left of damaged ones and of recordings that were cut short (.part).
+        msg_path: Bags: package, .msg file, or folder of them, for bags without type definitions; may be repeated.
+        jobs: Bags: how many at a time. 0: one per CPU core, fewer for little work.
+    """
+    from rich.console import Console
+
+    from il_policies.contract import load_contract
+    from il_policies.data.bag import find_bags
+    from il_policies.data.convert_bag import Options
+    from il_policies.data.errors import DataError
+    from il_policies.data.inspect import inspect_bags, inspect_dataset, show
+    from il_policies.data.inspect_page import page
+    from il_policies.data.store import Dataset
+
+    with _bar('inspecting') as progress:
+        if not source:
+            raise DataError('no bags and no dataset given', 'E102')
+        if any((path / 'dataset.json').exists() for path in source):
+            if len(source) > 1 or contract:
+                raise DataError(f'{source[0]}: a dataset is looked at alone, and has its own contract')
+            found = inspect_dataset(Dataset(source[0]), progress)
+        else:
+            bags = list(dict.fromkeys(bag for path in source for bag in find_bags(path, salvage)))
+            options = Options(gaps=gaps, markers=markers, salvage=salvage, msg_path=msg_path)
+            found = inspect_bags(bags, load_contract(contract) if contract else None, options, jobs, progress)
+    for file, text in ((html, lambda: page(found)), (json_file, lambda: json.dumps(found.to_dict(), indent=1))):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text(), encoding='utf-8')
+    show(found, Console(highlight=False))
+    if found.count('FAIL'):
+        raise SystemExit(1)
 
 
 def train(argv: list[str]) -> None:
     """Train a policy on a dataset (a function of the arguments: a preset changes the defaults of the others)."""
     from il_policies.contract import from_dict, load_yaml
     from il_policies.data.store import Dataset
-    from il_policies.train import TrainCommand, TrainConfig, train
+    from il_policies.train import TrainCommand, TrainConfig, TrainError, train
 
     preset = next((value for flag, value in zip(argv, argv[1:]) if flag == '--preset'), None)
     preset = preset or next((arg.partition('=')[2] for arg in argv if arg.startswith('--preset=')), None)
     config = from_dict(TrainConfig, load_yaml(preset), preset) if preset else TrainConfig()
-    arguments = tyro.cli(TrainCommand, args=argv, prog='il train',
-                         default=TrainCommand(tyro.MISSING, tyro.MISSING, config, Path(preset) if preset else None))
+    try:
+        arguments = tyro.cli(TrainCommand, args=argv, prog='il train',
+                             default=TrainCommand(tyro.MISSING, tyro.MISSING, config, Path(preset) if preset else None))
+    except ValueError as error:  # a number that is out of range
+        raise TrainError(str(error)) from None
     policy = train(Dataset(arguments.dataset), arguments.config, arguments.output)
     facts = policy.extra['training']
     print(f'{arguments.output}: {policy.kind} {policy.hash}, {facts["parameters"]} parameters, {facts["steps"]} steps '
-          f'in {facts["seconds"]:.0f} s on {facts["episodes"]} episodes, loss {facts["loss"]:.4f}')
+          f'in {facts["seconds"]:.0f} s on {facts["episodes"]} of {facts["of_episodes"]} episodes, loss {facts["loss"]:.4f}')
 
 
 def evaluate(checkpoint: Annotated[Path, tyro.conf.Positional], task: str, episodes: int | None = None,
-             seed: int | None = None, stride: int | None = None, threads: int = 1, output: Path | None = None) -> None:
+             seed: int | None = None, stride: int | None = None, shuffled: bool = False, threads: int = 1,
+             output: Path | None = None) -> None:
     """Run a checkpoint in closed loop in a simulated task, without ROS, and print the score.
 
     Args:
         checkpoint: Checkpoint folder.
-        task: pusht or reach_around.
+        task: pusht, reach_around, or reach_around_wide, whose goals lie on an arc of 0.2 m.
         episodes: Number of starts; none: the task's own.
         seed: Seed of the first start, the others follow; none: the task's own.
         stride: Steps of each chunk that are executed before the next one is planned; none: the task's own.
+        shuffled: Show a policy the camera images of other episodes: what it then achieves is chance.
         threads: CPU threads.
         output: JSON file for the full result.
     """
@@ -93,7 +288,7 @@ def evaluate(checkpoint: Annotated[Path, tyro.conf.Positional], task: str, episo
     from il_policies.evaluate import evaluate
 
     torch.set_num_threads(threads)
-    given = {'episodes': episodes, 'seed': seed, 'stride': stride}
+    given = {'episodes': episodes, 'seed': seed, 'stride': stride, 'shuffled': shuffled or None}
     result = evaluate(load(checkpoint), task, progress=_percent, **{k: v for k, v in given.items() if v is not None})
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -110,11 +305,17 @@ def _percent(fraction: float) -> None:
 COMMANDS: dict[str, tuple[Callable, str]] = {
     'convert': (convert, 'recorded bags → dataset'),
     'import npz': (import_npz, 'arrays of an .npz file → dataset'),
+    'import zarr': (import_zarr, 'replay buffer of Diffusion Policy or UMI → dataset'),
+    'import lerobot': (import_lerobot, 'LeRobot dataset (v3.0) → dataset'),
+    'export lerobot': (export_lerobot, 'dataset → LeRobot dataset (v3.0)'),
+    'inspect': (inspect, 'bags or dataset → what is in it and whether it is any good'),
+    'merge': (merge, 'datasets → one dataset'),
+    'split': (split, 'dataset → several, by share or by episode'),
     'train': (train, 'dataset → checkpoint'),
     'evaluate': (evaluate, 'checkpoint → score in a simulated task'),
 }
 HELP = ('usage: il COMMAND [--help] …\n\n'
-        + ''.join(f'  il {name:<12} {what}\n' for name, (_, what) in COMMANDS.items())
+        + ''.join(f'  il {name:<16} {what}\n' for name, (_, what) in COMMANDS.items())
         + '\nil COMMAND --help shows its arguments with units and defaults.')
 
 
@@ -131,7 +332,7 @@ def run(argv: Sequence[str]) -> None:
         print(f'il: no command {" ".join(argv[:2])!r}; valid: {", ".join(COMMANDS)}', file=sys.stderr)
         raise SystemExit(2)
     function = COMMANDS[name][0]
-    function(rest) if function is train else tyro.cli(function, args=rest, prog=f'il {name}')
+    function(rest) if function in (convert, train) else tyro.cli(function, args=rest, prog=f'il {name}')
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -76,6 +76,8 @@ class Stream:
     """Other low-dimensional types: attribute paths, such as point.x, in the order of the feature."""
     image_size: tuple[int, int] | None = None
     """Images: height and width stored and shown to the policy [px]."""
+    depth: bool = False
+    """Images: distances, stored and shown to the policy as uint16 [mm], 0 where unknown; false: colour."""
     clock: Literal['header', 'publish', 'receive'] = 'header'
     """Which stamp tells when a sample was taken."""
     latency: float = 0.0
@@ -95,6 +97,8 @@ class Stream:
             raise ValueError(f'stream on {self.topic}: names must list the joints of {self.field}')
         if self.fields and self.names and len(self.fields) != len(self.names):
             raise ValueError(f'stream on {self.topic}: {len(self.fields)} fields but {len(self.names)} names')
+        if self.depth and not self.is_image:
+            raise ValueError(f'stream on {self.topic}: depth needs image_size')
         if len(set(self.names)) != len(self.names):
             raise ValueError(f'stream on {self.topic}: doubled names in {list(self.names)}')
 
@@ -105,8 +109,14 @@ class Stream:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (D,) for low-dimensional streams, (height, width, 3) for images."""
-        return (*self.image_size, 3) if self.is_image else (len(self.names or self.fields),)
+        """Shape of one sample: (D,) for low-dimensional streams, (height, width, 3) for images, (height, width, 1) for
+        depth."""
+        return (*self.image_size, 1 if self.depth else 3) if self.is_image else (len(self.names or self.fields),)
+
+    @property
+    def kind(self) -> Literal['lowdim', 'image', 'depth']:
+        """How a dataset keeps it."""
+        return ('depth' if self.depth else 'image') if self.is_image else 'lowdim'
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,20 @@ def evaluate_pusht(policy: Policy, episodes: int = 50, seed: int = 100000, strid
     }
 
 
-def evaluate(policy: Policy, task: str, **options) -> dict:
-    """Evaluate in the named task. Raises PolicyError for unknown tasks, or policies that do not fit."""
-    if task == 'pusht':
+TASKS = ('pusht', 'reach_around', 'reach_around_wide')
+"""reach_around_wide has its goals on an arc of 0.2 m: too wide to be reached by chance."""
+
+
+def evaluate(policy: Policy, task: str, shuffled: bool = False, **options) -> dict:
+    """Evaluate in the named task. shuffled: with the camera images of other episodes, for policies that see images.
+
+    Raises PolicyError for unknown tasks, or policies that do not fit.
+    """
+    if task == 'pusht' and not shuffled:
         return evaluate_pusht(policy, **options)
-    if task == 'reach_around':
+    if task in ('reach_around', 'reach_around_wide'):
         from il_policies.lockstep import evaluate_reach_around  # brings il_runtime's core, which PushT does not need
-        return evaluate_reach_around(policy, **options)
-    raise PolicyError(f'no task {task!r}; valid: pusht, reach_around')
+        goals = 'wide' if task == 'reach_around_wide' else 'narrow'
+        return evaluate_reach_around(policy, goals=goals, shuffled=shuffled, **options)
+    raise PolicyError('pusht: there are no images to shuffle' if task == 'pusht' else
+                      f'no task {task!r}; valid: {", ".join(TASKS)}')

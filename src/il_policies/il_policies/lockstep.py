@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 
 from il_policies.contract import Contract, ContractError, from_dict
+from il_policies.data.decode import decode_frame
 from il_policies.planner import Planner
-from il_policies.policies import Policy, PolicyError
+from il_policies.policies import Policy, PolicyError, PolicySpec
 from il_policies.sim.reach_around import JOINTS, ReachAround, Scene, sample_scene
 from il_runtime.core.controller import Controller
 from il_runtime.core.ensembling import Blending, Chunk, Ensembler
@@ -67,14 +68,21 @@ class Episode:
         return self.reached and not self.touched
 
 
-def scenes(episodes: int, seed: int) -> list[Scene]:
-    """Starts and goals of an evaluation; the same for the same seed, whatever their number."""
-    return [sample_scene(np.random.default_rng([seed, i])) for i in range(episodes)]
+def scenes(episodes: int, seed: int, goals: str = 'narrow') -> list[Scene]:
+    """Starts and goals of an evaluation, from one of the areas of goals; the same for the same seed, whatever their number."""
+    return [sample_scene(np.random.default_rng([seed, i]), goals) for i in range(episodes)]
+
+
+def observe(simulation: ReachAround, spec: PolicySpec, seen: Scene) -> dict[str, np.ndarray]:
+    """What the policy is told now. Images went through JPEG, as between nodes, and show the goal of `seen`."""
+    images = {name: decode_frame(simulation.photograph(spec.features[name][:2], seen.goal), spec.features[name], name)
+              for name in spec.images}
+    return {**simulation.observation(), **images}
 
 
 def run_episode(simulation: ReachAround, planner: Planner, contract: Contract, scene: Scene, execution: Execution,
-                seed: int) -> Episode:
-    """One episode from arming to its end. `seed` is that of the planner's noise."""
+                seed: int, seen: Scene) -> Episode:
+    """One episode from arming to its end. `seed` is that of the planner's noise; images show the goal of `seen`."""
     spec = planner.policy.spec
     blending = Blending(execution.ensembling, execution.m, max_disagreement=execution.max_disagreement)
     controller = Controller(contract, Ensembler([joint.tracking_tolerance for joint in contract.action_joints], blending,
@@ -92,7 +100,8 @@ def run_episode(simulation: ReachAround, planner: Planner, contract: Contract, s
     for tick in range(10**9):
         now = tick * controller.period
         if tick % ticks_per_step == 0:
-            history = (history or [simulation.observation()] * spec.history)[1:] + [simulation.observation()]
+            observed = observe(simulation, spec, seen)
+            history = (history or [observed] * spec.history)[1:] + [observed]
             if tick % (ticks_per_step * execution.stride) == 0:
                 observation = {name: np.stack([step[name] for step in history]) for name in spec.features}
                 start = now + spec.action_offset
@@ -125,11 +134,18 @@ def contract_of(policy: Policy) -> Contract:
 
 
 def run_episodes(policy: Policy, chosen: list[Scene], seed: int, execution: Execution,
-                 progress: Callable[[float], None] = lambda fraction: None) -> list[Episode]:
-    """One episode a scene, each with its own noise. Raises PolicyError if the policy does not fit the task."""
+                 progress: Callable[[float], None] = lambda fraction: None, shuffled: bool = False) -> list[Episode]:
+    """One episode a scene, each with its own noise.
+
+    shuffled: the camera shows every episode the goal of the next one; what is then reached is reached by chance.
+    Raises PolicyError if the policy does not fit the task, SceneError if it wants images where none can be rendered.
+    """
     contract = contract_of(policy)
-    simulation = ReachAround(camera=False)
-    known = {name: value.shape for name, value in simulation.observation().items()}
+    simulation = ReachAround(camera=bool(policy.spec.images))
+    if shuffled and not policy.spec.images:
+        raise PolicyError(f'there are no images to shuffle: the policy sees {list(policy.spec.features)}')
+    known = {**{name: value.shape for name, value in simulation.observation().items()},
+             **{name: contract.observations[name].shape for name in contract.cameras}}
     wrong = {name: shape for name, shape in policy.spec.features.items() if known.get(name) != tuple(shape)}
     if wrong or tuple(policy.spec.action_names) != contract.action.joints or set(contract.action.joints) != set(JOINTS):
         raise PolicyError(f'reach_around: the policy sees {dict(policy.spec.features)} and moves '
@@ -139,21 +155,25 @@ def run_episodes(policy: Policy, chosen: list[Scene], seed: int, execution: Exec
     planner = Planner(policy, execution.noise, execution.tau)
     episodes = []
     for i, scene in enumerate(chosen):
-        episodes.append(run_episode(simulation, planner, contract, scene, execution, seed * 1_000_003 + i))
+        seen = chosen[(i + 1) % len(chosen)] if shuffled else scene
+        episodes.append(run_episode(simulation, planner, contract, scene, execution, seed * 1_000_003 + i, seen))
         progress((i + 1) / len(chosen))
+    simulation.close()
     return episodes
 
 
 def evaluate_reach_around(policy: Policy, episodes: int = 100, seed: int = 1000, stride: int = 8,
                           noise: str = 'warm_start', ensembling: str = 'newest_first', m: float = 0.5,
-                          progress: Callable[[float], None] = lambda fraction: None) -> dict:
-    """Success of a policy on reach_around over seeded starts and goals, in lock-step. Raises PolicyError."""
+                          progress: Callable[[float], None] = lambda fraction: None, goals: str = 'narrow',
+                          shuffled: bool = False) -> dict:
+    """Success of a policy on reach_around over seeded starts and goals, in lock-step. Raises PolicyError, SceneError."""
     started = time.perf_counter()
     execution = Execution(stride=stride, noise=noise, ensembling=ensembling, m=m)
-    done = run_episodes(policy, scenes(episodes, seed), seed, execution, progress)
+    done = run_episodes(policy, scenes(episodes, seed, goals), seed, execution, progress, shuffled)
     return {
-        'task': 'reach_around',
-        'protocol': f'{episodes} starts and goals from seed {seed}, lock-step; goal reached in time, pillar not touched',
+        'task': 'reach_around' if goals == 'narrow' else f'reach_around_{goals}',
+        'protocol': f'{episodes} starts and goals from seed {seed}, lock-step; goal reached in time, pillar not touched'
+                    + ('; the camera shows the goal of another episode' if shuffled else ''),
         'execution': asdict(execution),
         'successes': sum(episode.success for episode in done),
         'touched': sum(episode.touched for episode in done),

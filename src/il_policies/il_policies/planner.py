@@ -52,7 +52,8 @@ class Planner:
         epoch. Raises PolicyError for observations that do not fit.
         """
         spec = self.policy.spec
-        batch = {name: torch.from_numpy(np.array(value, np.float32))[None] for name, value in observation.items()}
+        batch = {name: torch.from_numpy(np.array(value, np.uint8 if name in spec.images else np.float32))[None]
+                 for name, value in observation.items()}
         shape = (1, spec.horizon, len(spec.action_names))
         if self.noise == 'per_epoch':
             if self._epoch_noise is None:

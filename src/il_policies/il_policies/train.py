@@ -1,4 +1,4 @@
-"""Training: dataset → checkpoint. The whole low-dimensional dataset is held as tensors; there is no data loader."""
+"""Training: dataset → checkpoint. Low-dimensional data is held in memory, images are read batch by batch as uint8."""
 from __future__ import annotations
 
 import contextlib
@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from il_policies import checkpoint
 from il_policies.data.store import Dataset
@@ -27,6 +26,7 @@ from il_policies.policies.bc import BC, BCConfig
 from il_policies.policies.flow import Flow, FlowConfig
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.unet import UNetConfig
+from il_policies.policies.vision import VisionConfig
 
 
 class TrainError(RuntimeError):
@@ -49,6 +49,8 @@ class TrainConfig:
     """Steps of a chunk."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     """Network, the same for both algorithms."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """Network that looks at each camera."""
     euler_steps: int = 10
     """Flow: integration steps from noise to actions."""
     time_sampling: Literal['uniform', 'beta'] = 'uniform'
@@ -78,6 +80,10 @@ class TrainConfig:
     """Seed of that choice."""
     where: tuple[str, ...] = ()
     """Train only on episodes whose description has these, as field=value: side=left."""
+    failed: Literal['refuse', 'skip', 'use'] = 'refuse'
+    """Episodes whose quality report says FAIL (il inspect tells why): refuse to train, leave them out, or use them."""
+    unsuccessful: Literal['skip', 'use'] = 'skip'
+    """Episodes in which the task was labelled as not achieved: leave them out, or use them."""
     seed: int = 0
     """Seed of weights, batches and noise."""
     threads: int = 2
@@ -108,7 +114,7 @@ class TrainCommand:
     """Dataset to learn from."""
     output: Path
     """Checkpoint folder to write; an older checkpoint there is replaced."""
-    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+    config: Annotated[TrainConfig, tyro.conf.arg(name='')]
     """Everything else."""
     preset: Path | None = None
     """YAML file that changes the defaults below, such as config/policies/flow.yaml; --help then shows the new ones."""
@@ -128,9 +134,10 @@ def train(dataset: Dataset, config: TrainConfig, output: str | Path | None = Non
     rng = np.random.default_rng(config.seed)
     episodes = choose_episodes(dataset, config)
     observations = config.observations or tuple(dataset.info.lowdim)
-    windows = Windows(dataset, observations, config.history, config.horizon, episodes)
+    windows = Windows(dataset, observations, config.history, config.horizon, episodes, cache=False)
     policy = make_policy(dataset, config, observations, windows)
-    data = _tensors(windows.batch(np.arange(len(windows))))
+    if windows.images:  # decoded, which takes a while, only once there is a policy that can be trained on them
+        windows = Windows(dataset, observations, config.history, config.horizon, episodes)
 
     average = copy.deepcopy(policy).requires_grad_(False)
     weights, averaged = list(policy.parameters()), list(average.parameters())
@@ -147,10 +154,10 @@ def train(dataset: Dataset, config: TrainConfig, output: str | Path | None = Non
                 group['lr'] = rate
             if at + config.batch_size > len(order):
                 order, at = rng.permutation(len(windows)), 0
-            chosen = torch.from_numpy(order[at:at + config.batch_size])
+            batch = _tensors(windows.batch(order[at:at + config.batch_size]))
             at += config.batch_size
 
-            loss = policy.loss(_select(data, chosen))['loss']
+            loss = policy.loss(batch)['loss']
             value = loss.item()
             if not math.isfinite(value):
                 raise TrainError(f'the loss became {value} at step {step}; learning_rate is {config.learning_rate}, '
@@ -179,7 +186,8 @@ def train(dataset: Dataset, config: TrainConfig, output: str | Path | None = Non
             'contract_hash': dataset.info.contract_hash,
             'dataset_hash': dataset.hash,
             'training': {
-                'config': _plain(config), 'episodes': len(episodes), 'windows': len(windows), 'steps': step,
+                'config': _plain(config), 'episodes': len(episodes), 'of_episodes': len(dataset),
+                'windows': len(windows), 'steps': step,
                 'seconds': round(seconds, 1), 'loss': round(mean_loss, 6), 'torch': torch.__version__,
                 'parameters': sum(p.numel() for p in weights),
             }})
@@ -187,7 +195,10 @@ def train(dataset: Dataset, config: TrainConfig, output: str | Path | None = Non
 
 
 def choose_episodes(dataset: Dataset, config: TrainConfig) -> list[int]:
-    """Places in `dataset.episodes` to train on, after `where` and `max_episodes`. Raises TrainError if none is left."""
+    """Places in `dataset.episodes` to train on, after `where`, `unsuccessful`, `failed` and `max_episodes`.
+
+    Raises TrainError if none is left, or if episodes failed the check of their quality and nobody said what to do with them.
+    """
     places = list(range(len(dataset)))
     for pair in config.where:
         key, value = pair.split('=', 1)
@@ -199,11 +210,27 @@ def choose_episodes(dataset: Dataset, config: TrainConfig) -> list[int]:
         if not places:
             raise TrainError(f'{dataset.path}: no episode is left with {" ".join(config.where)}; {key} is one of: '
                              f'{", ".join(found[:10])}')
+    considered = len(places)
+    if config.unsuccessful == 'skip':
+        places = [i for i in places if dataset.episodes[i].get('success') is not False]
+    if config.failed != 'use':
+        reports = {i: dataset.report(i) for i in places}
+        failed = [i for i in places if reports[i].get('verdict') == 'FAIL']
+        if failed and config.failed == 'refuse':
+            named = '\n'.join(f'  episode {dataset.episodes[i]["index"]} ({dataset.episodes[i]["source"] or "no source"}): '
+                              + '; '.join(line for line in reports[i].get('reasons', []) if line.startswith('FAIL'))
+                              for i in failed[:10])
+            raise TrainError(f'{dataset.path}: {len(failed)} of {len(places)} episodes failed the check of their quality; '
+                             f'leave them out (--failed skip) or use them (--failed use):\n{named}'
+                             + (f'\n  and {len(failed) - 10} more' if len(failed) > 10 else ''))
+        places = [i for i in places if i not in failed]
+    if not places:
+        raise TrainError(f'{dataset.path}: ' + (f'none of {considered} episodes is left: all are labelled as not achieved '
+                         '(use them: --unsuccessful use) or failed the check of their quality (--failed use)' if considered
+                         else 'holds no episodes'))
     if config.max_episodes is not None and config.max_episodes < len(places):
         chosen = np.random.default_rng(config.episode_seed).choice(len(places), config.max_episodes, replace=False)
         places = [places[i] for i in sorted(chosen)]
-    if not places:
-        raise TrainError(f'{dataset.path}: holds no episodes')
     return places
 
 
@@ -215,8 +242,8 @@ def make_policy(dataset: Dataset, config: TrainConfig, observations: tuple[str, 
                       step_period=1.0 / info.fps, action_offset=info.action.offset)
     normalizer = Normalizer.fit({**windows.lowdim, 'action': windows.action})
     if config.policy == 'bc':
-        return BC(spec, BCConfig(config.unet), normalizer)
-    return Flow(spec, FlowConfig(config.unet, config.euler_steps, config.time_sampling), normalizer)
+        return BC(spec, BCConfig(config.unet, config.vision), normalizer)
+    return Flow(spec, FlowConfig(config.unet, config.euler_steps, config.time_sampling, config.vision), normalizer)
 
 
 def budget_spent(config: TrainConfig, step: int, seconds: float) -> float:
@@ -256,10 +283,6 @@ def progress_bar(label: str) -> Iterator[Callable[[float, int, float], None]]:
 def _tensors(batch: dict) -> dict:
     return {key: _tensors(value) if isinstance(value, dict) else torch.from_numpy(value)
             for key, value in batch.items()}
-
-
-def _select(data: dict, indices: Tensor) -> dict:
-    return {key: _select(value, indices) if isinstance(value, dict) else value[indices] for key, value in data.items()}
 
 
 def _plain(config: TrainConfig) -> dict:

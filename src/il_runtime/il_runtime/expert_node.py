@@ -19,6 +19,7 @@ from il_policies.description import DescriptionError
 from il_policies.sim.reach_around import (
     CONTROL_PERIOD,
     EPISODE_S,
+    GOALS,
     JOINTS,
     TASK,
     Scene,
@@ -43,7 +44,10 @@ class ExpertNode(Node):
         self.demonstrations = declare(self, 'demonstrations', 60, 'how many to record; even, as each scene is shown '
                                       'round both sides', 2, 100_000)
         self.seed = declare(self, 'seed', 0, 'seed of scenes and noise', 0, 2**31 - 1)
+        self.goals = declare(self, 'goals', 'narrow', f'area of the goals: {", ".join(GOALS)}')
         self.noise = declare(self, 'noise', 0.003, 'size of the smooth random deviation from the path [m]', 0.0, 0.01)
+        if self.goals not in GOALS:
+            raise ValueError(f'goals is {self.goals!r}; valid: {", ".join(GOALS)}')
         if self.demonstrations % 2:
             raise ValueError(f'demonstrations is {self.demonstrations}, must be even: each scene is shown both ways')
         if sorted(self.contract.action.joints) != sorted(JOINTS):
@@ -101,7 +105,7 @@ def record_all(node: ExpertNode, session: Session) -> None:
     repeated = 0
     for count in range(node.demonstrations):
         number, side = count // 2, list(SIDES)[count % 2]
-        scene = sample_scene(np.random.default_rng([node.seed, number]))
+        scene = sample_scene(np.random.default_rng([node.seed, number]), node.goals)
         # Both sides get the same deviation: what comes before the turn must not tell which side follows.
         trajectory = expert(scene, SIDES[side], node.noise, np.random.default_rng([node.seed, number, 1]))
         label, name = f'demonstration {count + 1}/{node.demonstrations} {side}', f'scene_{number:04d}_{side}'

@@ -23,12 +23,12 @@ from rclpy.task import Future
 from std_srvs.srv import Trigger
 
 from il_policies.contract import load_contract
-from il_policies.data.bag import bag_info
+from il_policies.data.bag import Bag
 from il_policies.data.bag_writer import BagWriter
 from il_policies.data.errors import BagError
 from il_runtime.ring import Message, Ring
 from il_runtime.ros import Worker, be_nice, declare, run
-from il_runtime.tap import CONTROLLER_STATUS, Tap
+from il_runtime.tap import CONTROLLER_STATUS, Tap, warn_of_cut_short
 
 CAUSES = {ControllerStatus.FAULT: 'fault', ControllerStatus.TELEOP: 'takeover'}
 """Modes of the controller that are events when they begin."""
@@ -88,6 +88,7 @@ class FlightRecorderNode(Node):
         self.timer.cancel()
         # A group that lets others in: an answer waits for its bag.
         self.create_service(Trigger, '~/dump', self._on_dump, callback_group=ReentrantCallbackGroup())
+        warn_of_cut_short(self, self.folder)
         self.get_logger().info(f'{loaded.robot}: keeping the last {seconds:g} s, for {self.folder}')
 
     # --- what happens -------------------------------------------------------------------------------------------------
@@ -156,13 +157,13 @@ class FlightRecorderNode(Node):
         happened = datetime.fromtimestamp(time.time() - (time.monotonic() - flight.began))
         name = f'flight_{happened:%Y%m%dT%H%M%S}_{flight.cause}'
         paths = (self.folder / (name if n == 1 else f'{name}_{n}') for n in count(1))
-        writer = BagWriter(next(path for path in paths if not path.exists()), self.tap.types)
+        writer = BagWriter(next(path for path in paths if not path.exists()), self.tap.types, about)
         try:
             for topic in topics:
                 writer.add_topic(*topic)
             for message in messages:
                 writer.write(message.topic, message.data, message.received, message.published)
-            return writer.close(about)
+            return writer.close()
         except OSError:
             writer.discard()
             raise
@@ -189,7 +190,7 @@ def remove_oldest(folder: Path, keep: int) -> None:
 def _causes(path: Path) -> set[str]:
     """Why a bag was written; nothing if it is no flight bag."""
     try:
-        return set((bag_info(path).get('custom_data') or {}).get('flight', '').split('-'))
+        return set(Bag(path).about.get('flight', '').split('-'))
     except BagError:
         return set()
 

@@ -124,9 +124,11 @@ class PolicyNode(LifecycleNode):
                 t = self.streams[self.anchor].newest or now if self.anchor else now
                 began = t if began is None else began
                 observation = observation_at(self.streams, t, self.policy.spec.history, self.period, began, self.anchor)
-            if not observation.complete:
-                self.get_logger().warning('not planning: ' + '; '.join(observation.problems.values()),
-                                          throttle_duration_sec=1.0)
+                # Measured against itself the newest frame is never old: a camera that has died shows against now.
+                dead = observation_at({self.anchor: self.streams[self.anchor]}, now).problems if self.anchor else {}
+            problems = observation.problems | dead
+            if problems:
+                self.get_logger().warning('not planning: ' + '; '.join(problems.values()), throttle_duration_sec=1.0)
                 time.sleep(0.02)
                 continue
             started = time.monotonic_ns()

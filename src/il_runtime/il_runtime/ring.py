@@ -1,10 +1,11 @@
-"""The last messages, bounded in time and in memory. Pure: no ROS, the clock is an argument."""
+"""The last messages, bounded in time and in memory, and how often they come. Pure: no ROS, the clock is an argument."""
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
 from typing import NamedTuple
 
+SECOND = 1_000_000_000
 OVERHEAD = 350
 """What a message takes in memory beside its content, measured on CPython 3.11 [bytes]."""
 
@@ -22,6 +23,48 @@ class Message(NamedTuple):
     """When it was published, on the clock of the bag [ns]."""
     sent: int
     """When it was published by the wall clock, whatever the clock of the bag [ns]."""
+
+
+class Meter:
+    """How often a stream comes: over the last three seconds, or five periods of what is declared."""
+
+    def __init__(self, declared: float):
+        self.declared = declared
+        """Rate that the stream should have [Hz]."""
+        self._window = round(max(3.0, 5.0 / declared) * SECOND)
+        self._began: int | None = None
+        self._arrivals: deque[int] = deque()
+
+    def add(self, received: int) -> None:
+        """A message has arrived [ns]; a time long before the last one's means that time has begun again."""
+        if self._arrivals and received < self._arrivals[-1] - SECOND:
+            self._arrivals.clear()
+            self._began = None
+        self._began = received if self._began is None else self._began
+        self._arrivals.append(received)
+        self._forget(received)
+
+    def _forget(self, now: int) -> None:
+        while self._arrivals and self._arrivals[0] < now - self._window:
+            self._arrivals.popleft()
+
+    def known(self, now: int) -> float:
+        """The share of the window, up to `now` [ns], since the stream began; 1 from then on."""
+        return 0.0 if self._began is None else min((now - self._began) / self._window, 1.0)
+
+    def rate(self, now: int) -> float:
+        """Messages per second in the window up to `now` [ns]; a silence of more than two periods counts. 0 for fewer than two."""
+        self._forget(now)
+        if len(self._arrivals) < 2:
+            return 0.0
+        first, last = self._arrivals[0], self._arrivals[-1]
+        end = now if now - last > 2 * SECOND / self.declared else last
+        return (len(self._arrivals) - 1) * SECOND / max(end - first, 1)
+
+    def off(self, now: int, tolerance: float) -> str:
+        """Both rates in words, if they differ by more than this share of the declared one, else ''."""
+        rate = self.rate(now)
+        return f'{rate:.3g} Hz, declared {self.declared:g} Hz' if abs(rate / self.declared - 1.0) > tolerance else ''
 
 
 class Ring:

@@ -1,12 +1,18 @@
 """What the nodes share: parameters with descriptions, QoS, stamps, and a main that ends in order."""
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import re
+import select
+import shutil
 import signal
 import sys
+import termios
 import threading
 import traceback
+import tty
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -123,6 +129,40 @@ def start(node) -> None:
             raise ValueError(f'{node.get_name()} could not start, see above')
 
 
+class Terminal:
+    """The terminal that a node was started from: keys one by one, and a last line that says how things are."""
+
+    def __init__(self):
+        """Raises ValueError if there is none, or the node is not in its foreground."""
+        self._keys, self._shown = sys.stdin.fileno(), False
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise ValueError('stdin is no terminal: keys need a node that was started from a shell, not from a launch file')
+        with suppress(OSError):  # not every terminal knows jobs
+            if os.tcgetpgrp(self._keys) != os.getpgrp():
+                raise ValueError('keys need a node in the foreground')  # asking for them would stop it
+        # However this process ends, the shell gets its terminal back, without keys that were not read.
+        atexit.register(termios.tcsetattr, self._keys, termios.TCSAFLUSH, termios.tcgetattr(self._keys))
+        tty.setcbreak(self._keys)
+
+    def read(self) -> str | None:
+        """The keys since the last call, without those that send more than a letter; None if the terminal is gone."""
+        try:
+            if not select.select([self._keys], [], [], 0)[0]:
+                return ''
+            text = os.read(self._keys, 1024).decode(errors='ignore')
+        except OSError:
+            return None
+        return re.sub(r'\x1b[\[O][\d;]*.', '', text) if text else None
+
+    def show(self, text: str) -> None:
+        """Have the last line say this; '' clears it, which must be done before anything else is printed."""
+        if text or self._shown:
+            with suppress(OSError):  # it may be gone
+                width = shutil.get_terminal_size().columns
+                print(f'\r\x1b[K{text[:width - 1]}', end='', flush=True)
+        self._shown = bool(text)
+
+
 class Worker(threading.Thread):
     """A node's own thread; if it fails, `run` ends the node instead of leaving a body without a heart."""
 
@@ -139,16 +179,18 @@ class Worker(threading.Thread):
 
 
 def run(make_node: Callable[[], rclpy.node.Node]) -> None:
-    """Main of a node: spin until Ctrl-C or SIGTERM, let the node finish in order (`node.finish(spin_once)`), exit 0.
+    """Main of a node: spin until Ctrl-C, SIGTERM or a closed terminal, let it finish in order (`node.finish(spin_once)`), exit 0.
 
-    A node that cannot start says so in one line and exits with 2; one whose `thread`, a Worker, fails exits with 1.
+    A node that cannot start says so in one line and exits with 2; one that has a `failure`, or whose `thread`, a Worker, has,
+    exits with 1.
     """
     asked = threading.Event()
     # A handler of Python's runs when the executor returns to the interpreter; the byte in a pipe is there at once.
     told, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    for number in (signal.SIGINT, signal.SIGTERM, *(() if under_nohup else (signal.SIGHUP,))):
         signal.signal(number, lambda *_: None)
     # rclpy's own handlers would tear the context down before the last commands are out.
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
@@ -162,7 +204,7 @@ def run(make_node: Callable[[], rclpy.node.Node]) -> None:
     executor.add_node(node)
 
     def failure() -> str:
-        return getattr(getattr(node, 'thread', None), 'failure', '')
+        return getattr(node, 'failure', '') or getattr(getattr(node, 'thread', None), 'failure', '')
 
     def wait_for_signal() -> None:
         os.read(told, 1)

@@ -19,8 +19,8 @@ from std_srvs.srv import Trigger
 from il_policies.sim.reach_around import Scene
 from il_runtime.ros import STATUS_QOS
 
-PATIENCE_S = 5.0
-"""Recorder and controller refuse while a stream has just begun or lags: they are asked again so long [s, wall]."""
+PATIENCE_S = 10.0
+"""Recorder and controller refuse while a stream has just begun, lags or falters: they are asked again so long [s, wall]."""
 SETTLE_S = 0.1
 """From a reset until joint states of the new pose have reached everybody [s]."""
 MODES = {getattr(ControllerStatus, name): name

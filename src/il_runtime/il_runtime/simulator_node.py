@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 
-import cv2
 import numpy as np
 from geometry_msgs.msg import Point, PointStamped
 from il_msgs.msg import TaskStatus
@@ -28,7 +27,6 @@ from il_runtime.ros import Worker, be_nice, declare, nanoseconds, run, to_stamp
 
 STATUS_RATE = 20.0
 """Rate of the task status [Hz of simulated time]."""
-JPEG_QUALITY = 95
 MAX_LAG = 0.1
 """Further behind than this, time is given up instead of being made up for [s]."""
 STEP_NS = round(PHYSICS_STEP * 1e9)
@@ -256,9 +254,7 @@ class SimulatorNode(Node):
         self.image_sizes.add(size)
 
         def image(stamp) -> CompressedImage:
-            _, jpeg = cv2.imencode('.jpg', cv2.cvtColor(self.sim.render(size), cv2.COLOR_RGB2BGR),
-                                   [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-            message = CompressedImage(format='jpeg', data=jpeg.tobytes())
+            message = CompressedImage(format='jpeg', data=self.sim.photograph(size))
             message.header.stamp, message.header.frame_id = stamp, name
             return message
 

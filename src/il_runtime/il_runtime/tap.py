@@ -15,21 +15,23 @@ from il_msgs.msg import ActionChunk, ControllerStatus, TaskStatus
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import DurabilityPolicy, QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import JointState
 
 from il_policies.contract import Contract
-from il_policies.data.bag_writer import add_definitions, standard_types
+from il_policies.data.bag_writer import CONTRACT, add_definitions, cut_short, standard_types
 from il_policies.data.errors import BagError
 from il_runtime.outputs import OUTPUT_TYPES
-from il_runtime.ring import Message
+from il_runtime.ring import Message, Meter
 from il_runtime.ros import message_class
 
 DEPTH = 1000
 """Messages of a topic that may wait while the disk or the machine is busy: a second of the fastest joint states."""
 POLL_S = 0.05
 """How often what has arrived is taken [s]."""
+SILENT_S = 2.0
+"""A stream that was last heard of longer ago, and three periods ago, is silent [s, wall]."""
 CONTROLLER_STATUS = 'controller/status'
 SENSOR = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.BEST_EFFORT)
 COMMAND = QoSProfile(depth=DEPTH, reliability=ReliabilityPolicy.RELIABLE)
@@ -62,8 +64,10 @@ class Tap:
         self._topics: dict[str, str] = {}  # resolved topic → type
         self._subscribed: dict[str, Subscription] = {}  # by resolved topic
         self._group = _Polled()
+        self._meters: dict[str, Meter] = {}  # by resolved topic of a stream
         for stream in contract.observations.values():
             self._subscribe(stream.topic, message_class(stream), SENSOR)
+            self._meters.setdefault(self._names[stream.topic], Meter(stream.rate))
         for output in contract.action.outputs:
             self._subscribe(output.topic, OUTPUT_TYPES[output.type], COMMAND)
         for name, kind in ((contract.action.topic, JointState), ('teleop', JointState), ('chunks', ActionChunk),
@@ -109,13 +113,54 @@ class Tap:
     def _message(self, topic: str, data: bytes, info: dict) -> Message:
         self.last_seen[topic] = time.monotonic()
         sent, received = info['source_timestamp'], info['received_timestamp']
+        published = sent
         if self._sim_time:
-            now = self._node.get_clock().now().nanoseconds
-            return Message(topic, data, now, now, sent)
-        if not received:  # not every middleware says (Cyclone DDS)
+            received = published = self._now()
+        elif not received:  # not every middleware says (Cyclone DDS)
             self._stop_polling()
-            received = self._node.get_clock().now().nanoseconds
-        return Message(topic, data, received, sent or received, sent)
+            received = self._now()
+        if topic in self._meters:
+            self._meters[topic].add(received)
+        return Message(topic, data, received, published or received, sent)
+
+    def _now(self) -> int:
+        """Time on the clock of the bag [ns]."""
+        return self._node.get_clock().now().nanoseconds
+
+    def off_rate(self, tolerance: float) -> dict[str, str]:
+        """Streams whose rate is further from the declared one than this share of it: resolved topic → both rates in words."""
+        self.take()
+        now = self._now()
+        return {topic: words for topic, meter in self._meters.items() if (words := meter.off(now, tolerance))}
+
+    def faults(self, tolerance: float) -> list[str]:
+        """Why the contract's streams cannot be recorded now: a line for each that does not come as declared."""
+        off, now, lines = self.off_rate(tolerance), self._now(), []
+        for topic, meter in self._meters.items():
+            age = time.monotonic() - self.last_seen.get(topic, float('-inf'))
+            if age > max(SILENT_S, 3.0 / meter.declared):
+                since = 'never seen' if age == float('inf') else f'silent for {age:.1f} s'
+                lines.append(f'E202 {topic}: {since}, declared {meter.declared:g} Hz; {self._offers(topic)}')
+            elif meter.known(now) < (1.0 if topic in off else 0.3):  # a stream may begin with a burst of what has waited
+                lines.append(f'E202 {topic}: has just begun; ask again')
+            elif topic in off:
+                lines.append(f'E211 {topic}: {off[topic]}; {self._offers(topic)}; correct its driver, or `rate` in the contract')
+        return lines
+
+    def _offers(self, topic: str) -> str:
+        """Who publishes a topic, with what QoS, and why that does not reach this subscription, if it does not."""
+        offers = []
+        for info in self._node.get_publishers_info_by_topic(topic):
+            qos = info.qos_profile
+            offer = (f'{info.node_namespace.rstrip("/")}/{info.node_name} offers {qos.reliability.name.lower()}, '
+                     f'{qos.durability.name.lower()}')
+            compatible, reason = qos_check_compatible(qos, self._subscribed[topic].qos_profile)
+            if info.topic_type != self._topics[topic]:
+                offer += f', but of type {info.topic_type}: the contract says {self._topics[topic]}'
+            elif compatible == QoSCompatibility.ERROR:
+                offer += f', incompatible: {reason}'
+            offers.append(offer)
+        return ' and '.join(offers) or 'nobody publishes it: start its driver, or correct `topic` in the contract'
 
     def adapt_reliability(self) -> None:
         """As `ros2 bag record`: reliable where all publishers are, so that nothing is lost; else what all can serve."""
@@ -129,6 +174,8 @@ class Tap:
                 self.take()  # what still waits in the old one
                 self._subscribed[topic] = replacement
                 self._node.destroy_subscription(subscription)
+                if topic in self._meters:  # for a moment both of them received
+                    self._meters[topic] = Meter(self._meters[topic].declared)
 
     def resolved(self, name: str) -> str:
         """The topic that a name of the contract stands for here."""
@@ -140,8 +187,17 @@ class Tap:
                 for topic, kind in self._topics.items()]
 
     def about(self) -> dict[str, str]:
-        """What a bag's custom_data says about the robot."""
-        return {'robot': self.contract.robot, 'contract_hash': self.contract.hash, 'topics': json.dumps(self._names)}
+        """What a bag says about the robot, the contract itself included."""
+        return {'robot': self.contract.robot, 'contract_hash': self.contract.hash, 'topics': json.dumps(self._names),
+                CONTRACT: json.dumps(self.contract.to_dict())}
+
+
+def warn_of_cut_short(node: Node, folder: Path) -> None:
+    """Name what recorders that were killed have left in a folder, and the way to recover it."""
+    if parts := cut_short(folder):
+        names = ', '.join(part.name for part in parts)
+        node.get_logger().warning(f'E101 {folder}: cut short: {names}; recover what is there with '
+                                  f'`il convert {folder} --salvage --out DATASET`, or remove it')
 
 
 def _type_name(message_class) -> str:

@@ -5,14 +5,8 @@ anything breaks, or the node ends, silence makes the controller stop and hold.
 """
 from __future__ import annotations
 
-import atexit
-import os
-import re
-import select
 import sys
-import termios
 import time
-import tty
 
 import numpy as np
 from il_msgs.msg import ControllerStatus
@@ -27,7 +21,7 @@ from il_policies.data.decode import DecodeError, decode
 from il_policies.kinematics import Kinematics
 from il_runtime.core.mode import Mode
 from il_runtime.core.teleop import Act, Choice, Clutch, Deadman, Follow, Gamepad, Jog, Keys, Layout, Speeds, find_gripper
-from il_runtime.ros import STATUS_QOS, declare, run
+from il_runtime.ros import STATUS_QOS, Terminal, declare, run
 
 LEADER_SILENT_S = 0.1
 """A leader arm whose pose is older is not followed [s]."""
@@ -42,23 +36,15 @@ class Keyboard:
 
     def __init__(self, node: Node):
         """Raises ValueError without a terminal."""
-        if not sys.stdin.isatty():
-            raise ValueError('stdin is no terminal: keys need a node that was started from a shell, not from a launch file')
-        self._file = sys.stdin.fileno()
+        self._terminal = Terminal()
         self._stop = node.create_client(Trigger, 'controller/stop')
-        # However this process ends, the shell gets its terminal back, without keys that were not read.
-        atexit.register(termios.tcsetattr, self._file, termios.TCSAFLUSH, termios.tcgetattr(self._file))
-        tty.setcbreak(self._file)
 
     def read(self, held: bool) -> tuple[bool, str, str]:
         """held as the keys since the last call change it; the other keys; and why the arm cannot go on being driven, or ''."""
-        if not select.select([self._file], [], [], 0)[0]:
-            return held, '', ''
-        text = os.read(self._file, 1024).decode(errors='ignore')
-        if not text:
+        keys, others = self._terminal.read(), ''
+        if keys is None:
             return held, '', 'the terminal is gone'
-        others = ''
-        for key in re.sub(r'\x1b[\[O][\d;]*.', '', text):  # arrow and function keys begin like Esc
+        for key in keys:
             if key in 'x\x1b':
                 self._stop.call_async(Trigger.Request())
                 return False, '', 'stopping the controller'

@@ -1,20 +1,32 @@
 """What was known when: one alignment for the running policy and for the converter.
 
 `observation_at` reads stream buffers at a time t and never looks past it. Live, t is now or the newest camera frame;
-offline, t runs over ticks, and `labels` adds the actions. All times are int64 [ns] on the clock of the streams' stamps.
+offline, `align_recording` lets t run over ticks and adds the actions. All times are int64 [ns] on the clock of the
+streams' stamps.
 """
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from il_policies.contract import Contract, Stream
 from il_policies.data.errors import DataError
+from il_policies.data.recording import SECOND, Recording, Span, StreamRecord
 
-SECOND = 1_000_000_000
+MAX_REPEATED = 2
+"""A stream may be silent for this many ticks, which repeat its last sample, flagged; longer gaps end the episode."""
+MIN_ROWS = 2
+"""Fewer make no episode."""
+FOLLOWED = 0.1
+"""Share of a frame's deviation by which the next tick's time follows it: a clock 1 % off is followed, jitter averaged out."""
+CLOCKS_APART = 1.0
+"""Streams whose stamps differ by more from their arrivals, one from another, run on different clocks [s]."""
 
 
 class StreamBuffer:
@@ -25,8 +37,19 @@ class StreamBuffer:
         self.stream = stream
         self.max_age = round(stream.max_age * SECOND)
         self.capacity = capacity
-        self.stamps: list[int] = []
-        self.samples: list = []
+        self.stamps: MutableSequence[int] = []
+        self.samples: Sequence = []
+
+    @classmethod
+    def of(cls, record: StreamRecord, without: Collection[int] = ()) -> StreamBuffer:
+        """What adding a whole recording one by one would give; samples are their places in it, `without` left out."""
+        places = np.delete(np.arange(len(record.stamps)), list(without))
+        places = places[np.argsort(record.stamps[places], kind='stable')]
+        stamps = record.stamps[places]
+        newest = np.append(stamps[1:] > stamps[:-1], True)[:len(stamps)]  # of equal stamps the last to arrive
+        buffer = cls(record.stream)
+        buffer.stamps, buffer.samples = array('q', stamps[newest].tobytes()), places[newest]
+        return buffer
 
     def add(self, stamp: int, sample) -> None:
         """Insert a sample; one of the same stamp is replaced."""
@@ -156,7 +179,7 @@ def typical_period(stamps: np.ndarray) -> float:
 
     The median step would be off where a coarse clock makes steps alternate, the mean where something was lost.
     """
-    k = min(6, len(stamps) - 1)
+    k = max(1, min(6, (len(stamps) - 1) // 4))  # of a few stamps most must not span the one that was lost
     return float(np.percentile(stamps[k:] - stamps[:-k], 50, method='lower')) / k
 
 
@@ -164,9 +187,9 @@ def camera_ticks(frames: np.ndarray, fps: float, rate: float) -> Ticks:
     """Ticks on the frames of a camera declared at `rate` [Hz]; frames: (N,) sorted stamps [ns].
 
     A tick takes the first frame from half a frame before it is due, and the next is due one period later, or, when the
-    frame came late, one period after it less half a frame: neither jitter nor a slightly different rate accumulates.
-    A tick whose window ends without a frame (where the next one's window begins) is a gap, and time goes on: dropping
-    it would compress time. A camera within 1 % of fps gives a tick per frame.
+    frame came late, one period after it less half a frame: jitter does not accumulate. A tick whose window ends without a
+    frame (where the next one's window begins) is a gap, and time goes on: dropping it would compress time. A camera within
+    1 % of fps gives a tick per frame, one within 1 % of k·fps a tick every k-th frame: what is due follows its clock.
     """
     frames = np.asarray(frames, np.int64)
     if len(frames) == 0:
@@ -174,10 +197,11 @@ def camera_ticks(frames: np.ndarray, fps: float, rate: float) -> Ticks:
     period, frame = SECOND / fps, SECOND / rate
     measured = SECOND / typical_period(frames) if len(frames) > 1 else rate
     every = abs(measured / fps - 1) <= 0.01
+    multiple = abs(measured / fps / max(round(measured / fps), 1) - 1) <= 0.01
     warnings = []
     if abs(measured / rate - 1) > 0.05:
         warnings.append(f'camera declared at {rate:g} Hz runs at {measured:.4g} Hz')
-    if not every and abs(measured / fps / max(round(measured / fps), 1) - 1) > 0.01:
+    if not multiple:
         warnings.append(f'camera at {measured:.4g} Hz is no multiple of {fps:g} Hz: ticks are uneven')
 
     stamps, gap = [int(frames[0])], [False]
@@ -196,7 +220,8 @@ def camera_ticks(frames: np.ndarray, fps: float, rate: float) -> Ticks:
         if frames[i] < closes:
             stamps.append(int(frames[i]))
             gap.append(False)
-            due = max(due + period, frames[i] + period - frame / 2)
+            follow = FOLLOWED * (frames[i] - due) if multiple else 0.0
+            due = max(due + follow, frames[i] - frame / 2) + period
             i += 1
         else:
             stamps.append(round(due))
@@ -233,3 +258,205 @@ def labels(ticks: np.ndarray, label: str, stamps: np.ndarray, fps: float,
 def next_state(positions: np.ndarray) -> np.ndarray:
     """The label next_state: row k's action is the joint positions of row k+1; (T, D) → (T-1, D)."""
     return positions[1:]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One episode, decided: which samples each of its T rows holds."""
+
+    stamps: np.ndarray
+    """(T,) int64 [ns], rising: the ticks."""
+    filled: np.ndarray
+    """(T,) bool: something in the row is older than it may be, or no frame belonged to its tick."""
+    lowdim: dict[str, np.ndarray]
+    """Feature → (T, D) float64."""
+    action: np.ndarray
+    """(T, A) float64."""
+    ages: dict[str, np.ndarray]
+    """Feature, and `action`, → (T,): age at the tick of what the row holds [s]; negative for what came after it."""
+    frames: dict[str, np.ndarray]
+    """Image feature → (T,) places in its stream's record."""
+    first: int
+    """[ns] when the recording it was cut from begins: all observations have begun, and its mark has been set."""
+    last: int
+    """[ns] when that recording ends."""
+    task: str
+    """What was done, in words."""
+    success: bool | None
+    """Whether it succeeded; None if nobody said."""
+    warnings: tuple[str, ...]
+    """What is odd about its marks, rates and gaps."""
+
+
+def align_recording(recording: Recording, span: Span | None = None, gaps: Literal['refuse', 'split'] = 'refuse',
+                    broken: Mapping[str, Collection[int]] | None = None) -> list[Rows]:
+    """The rows of one episode of a recording: ticks from the first to the last at which everything is known.
+
+    In between, what is missing is repeated for up to MAX_REPEATED ticks in a row and the rows are flagged; a longer gap
+    refuses the episode, or, with gaps='split', ends it, and another begins after the gap.
+    span: the episode's marks (None: the recording's first). broken: image feature → places of frames that count as lost.
+    Raises DataError naming the bag: a silent stream (E202), clocks that disagree (E204), a gap (E206), too few rows
+    (E207), no command (E209).
+    """
+    span = span or recording.spans[0]
+    try:
+        return _align(recording, span, gaps, broken or {})
+    except DataError as error:
+        where = str(recording.bag.path)
+        if span.begin is not None:
+            begin = min(int(record.received[0]) for record in recording.streams.values() if len(record.received))
+            where += f', episode marked at {(span.begin - begin) / SECOND:.2f} s'
+        raise error.at(where) from None
+
+
+def _align(recording: Recording, span: Span, gaps: str, broken: Mapping[str, Collection[int]]) -> list[Rows]:
+    contract = recording.contract
+    buffers = {name: StreamBuffer.of(record, broken.get(name, ())) for name, record in recording.streams.items()}
+    observed = {name: buffers[name] for name in contract.observations}
+    labelled = contract.action.label != 'next_state'
+    silent = [buffer.stream.topic for name, buffer in buffers.items() if not buffer.stamps and (name != 'action' or labelled)]
+    if silent:
+        raise DataError(f'no messages on {", ".join(silent)}', 'E202')
+    _check_clocks(recording)
+    first, last = _bounds(recording, observed, span)
+    # Longer than a gap that is repeated, whatever the stream's phase: what follows its last sample would be left out unseen.
+    quiet = [f'{buffer.stream.topic} falls silent for the last {(last - newest) / SECOND:.2f} s' for buffer in observed.values()
+             if (newest := buffer.stamps[max(buffer.place_at(last), 0)]) < last - SECOND * (
+                 MAX_REPEATED / contract.policy_rate + buffer.stream.max_age + 1 / buffer.stream.rate)]
+    if quiet and gaps == 'refuse':
+        raise DataError(f'{"; ".join(quiet)}; what is whole remains with --gaps split', 'E202')
+
+    if contract.cameras:
+        camera = observed[contract.cameras[0]]
+        frames = np.frombuffer(camera.stamps, np.int64)
+        ticks = camera_ticks(frames[(first <= frames) & (frames <= last)], contract.policy_rate, camera.stream.rate)
+    else:
+        ticks = grid_ticks(first, last, contract.policy_rate)
+    found = _places(observed, ticks)
+    if labelled:
+        commands = buffers['action']
+        place, _ = labels(ticks.stamps, contract.action.label, np.frombuffer(commands.stamps, np.int64), contract.policy_rate,
+                          contract.action.max_age)
+        found['action'] = np.where(place < 0, -1, commands.samples[place])
+    known = {name: places >= 0 for name, places in found.items()}
+    for name in contract.cameras[:1]:
+        known[name] &= ~ticks.gap  # an older frame may be young enough to be used, but none belongs to this tick
+    whole = np.flatnonzero(np.all(list(known.values()), axis=0))
+    if len(whole) < MIN_ROWS:
+        raise _too_few(recording, ticks, known)
+    parts, cuts = _parts(known, whole)
+    silences = [(buffers[name], _gap(buffers[name], ticks.stamps[begin - 1], ticks.stamps[end])) for name, begin, end in cuts]
+    described = [f'gap of {length / SECOND:.2f} s on {buffer.stream.topic} at {(begin - first) / SECOND:.2f} s'
+                 for buffer, (begin, length) in silences]
+    if cuts and gaps == 'refuse':
+        raise DataError(f'{described[0]}, more than the {MAX_REPEATED} ticks that may be repeated; '
+                        '--gaps split makes two episodes of it', 'E206')
+    warnings = (*span.warnings, *ticks.warnings, *quiet, *described)
+    # The last row of next_state lends its positions to the one before, and is dropped.
+    episodes = [_rows(recording, ticks.stamps[begin:end], {name: places[begin:end] for name, places in found.items()},
+                      {name: there[begin:end] for name, there in known.items()}, (first, last), span, warnings)
+                for begin, end in parts if end - begin - (not labelled) >= MIN_ROWS]
+    if not episodes:
+        raise _too_few(recording, ticks, known)
+    return episodes
+
+
+def _check_clocks(recording: Recording) -> None:
+    """A stream on another clock than the others would be taken from another time, or never."""
+    ahead = {name: float(np.median(record.stamps - record.received)) / SECOND
+             for name, record in recording.streams.items() if len(record.stamps)}
+    common = min(ahead.values(), key=abs)
+    for name, seconds in ahead.items():
+        record = recording.streams[name]
+        # A latched message may be as old as the stream allows when it arrives.
+        if not -CLOCKS_APART - record.stream.max_age <= seconds - common <= CLOCKS_APART:
+            raise DataError(f'{record.topic}: {record.stream.clock} stamps are {seconds:+.3f} s from arrival, those of others '
+                            f'{common:+.3f} s; set the clock of its host, or take another clock in the contract (publish, '
+                            'receive)', 'E204')
+
+
+def _bounds(recording: Recording, observed: dict[str, StreamBuffer], span: Span) -> tuple[int, int]:
+    """From when all observations have begun and the episode's mark was set, to when the last one or the mark ends it [ns].
+
+    Of a mark only the arrival is known; in stamps it is where the stream that ticks follow was when it arrived.
+    """
+    first = max(buffer.stamps[0] for buffer in observed.values())
+    last = max(buffer.stamps[-1] for buffer in observed.values())
+    leading = recording.streams[next(iter(recording.contract.cameras), recording.contract.joint_state)]
+    begin, end = leading.received[0] if span.begin is None else span.begin, span.end
+    inside = leading.stamps[(leading.received >= begin) & (leading.received <= (leading.received[-1] if end is None else end))]
+    if not len(inside):
+        raise DataError(f'nothing on {leading.topic} between the marks', 'E202')
+    return (first if span.begin is None else max(first, int(inside[0])), last if end is None else min(last, int(inside[-1])))
+
+
+def _places(observed: dict[str, StreamBuffer], ticks: Ticks) -> dict[str, np.ndarray]:
+    """Feature → (T,) place of what `observation_at` finds at each tick, -1 where there is nothing it may use."""
+    found = {name: np.full(len(ticks.stamps), -1) for name in observed}
+    for k, t in enumerate(ticks.stamps.tolist()):
+        for name, (place,) in observation_at(observed, t).data.items():
+            found[name][k] = place
+    return found
+
+
+def _parts(known: dict[str, np.ndarray], whole: np.ndarray) -> tuple[list[tuple[int, int]], list[tuple[str, int, int]]]:
+    """Runs of ticks [begin, end) from whole row to whole row, and the long gaps (feature, begin, end) between them.
+
+    known: feature → (T,) bool. whole: the ticks at which everything is, rising, at least one.
+    """
+    gaps = []
+    for name, there in known.items():
+        ticks = np.flatnonzero(there)
+        ticks = ticks[(whole[0] <= ticks) & (ticks <= whole[-1])]
+        gaps += [(name, int(ticks[i]) + 1, int(ticks[i + 1])) for i in np.flatnonzero(np.diff(ticks) > MAX_REPEATED + 1)]
+    gaps.sort(key=lambda gap: gap[1])
+    parts, begin, after = [], 0, int(whole[-1]) + 1
+    for _, start, end in [*gaps, ('', after, after)]:
+        inside = whole[(begin <= whole) & (whole < start)]
+        if len(inside):
+            parts.append((int(inside[0]), int(inside[-1]) + 1))
+        begin = max(begin, end)
+    return parts, gaps
+
+
+def _gap(buffer: StreamBuffer, before: int, after: int) -> tuple[int, int]:
+    """Where (stamp [ns]) the longest silence of a stream between two ticks begins, and its length [ns]."""
+    near = np.array(buffer.stamps[max(buffer.place_at(before), 0):buffer.place_at(after) + 2])
+    longest = int(np.argmax(np.diff(near)))
+    return int(near[longest]), int(near[longest + 1] - near[longest])
+
+
+def _too_few(recording: Recording, ticks: Ticks, known: dict[str, np.ndarray]) -> DataError:
+    """Why there is no episode."""
+    T = len(ticks.stamps)
+    if T and 'action' in known and not np.any(known['action']):
+        action = recording.contract.action
+        return DataError(f'no command on {action.topic} at any of {T} ticks, nor in the {action.max_age:g} s before one; '
+                         'was the robot moved by another topic?', 'E209')
+    counts = ', '.join(f'{recording.streams[name].topic} at {np.sum(there)}' for name, there in known.items())
+    return DataError(f'fewer than {MIN_ROWS} rows in a sequence are complete; of {T} ticks there is a sample young enough of '
+                     f'{counts}', 'E207')
+
+
+def _rows(recording: Recording, stamps: np.ndarray, found: dict[str, np.ndarray], known: dict[str, np.ndarray],
+          bounds: tuple[int, int], span: Span, warnings: tuple[str, ...]) -> Rows:
+    """The rows of ticks `stamps` (T,), the first of which is complete; found: name → (T,) places, -1 where the row repeats
+    the one before; known: name → (T,) bool, False where the row is flagged for it.
+    """
+    contract, streams = recording.contract, recording.streams
+    filled = ~np.all(list(known.values()), axis=0)
+    # Each row holds its own sample, or that of the last row that has one.
+    places = {name: place[np.maximum.accumulate(np.where(place < 0, 0, np.arange(len(stamps))))] for name, place in found.items()}
+    taken = {name: streams[name].stamps[place] for name, place in places.items()}
+    lowdim = {name: streams[name].samples[places[name]] for name in contract.observations if name not in contract.cameras}
+    if contract.action.label == 'next_state':
+        columns = [contract.observations[contract.joint_state].names.index(joint) for joint in contract.action.joints]
+        action = next_state(lowdim[contract.joint_state][:, columns])
+        filled = filled[:-1] | ~known[contract.joint_state][1:]
+        taken['action'] = np.append(taken[contract.joint_state][1:], 0)
+    else:
+        action = streams['action'].samples[places['action']]
+    T = len(action)
+    return Rows(stamps[:T], filled, {name: values[:T] for name, values in lowdim.items()}, action,
+                {name: (stamps[:T] - when[:T]) / SECOND for name, when in taken.items()},
+                {name: places[name][:T] for name in contract.cameras}, *bounds, span.task, span.success, warnings)

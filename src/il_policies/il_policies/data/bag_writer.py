@@ -1,10 +1,10 @@
 """rosbag2 bags in mcap, written without ROS.
 
-A bag is a folder, written under the name <bag>.part and renamed when closed: one that keeps that name was cut short.
+A bag is a folder, written under the name <bag>.part and renamed when closed: one that keeps that name was cut short. What it
+is about stands at the beginning of the file, so that this is known of one that was cut short, too.
 """
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -23,7 +23,13 @@ from il_policies.data.errors import BagError
 
 DISTRO = 'kilted'
 METADATA_VERSION = 9
-CHUNK_SIZE = 64 * 1024  # about a second of a small robot: what a crash can cost
+CHUNK_SIZE = 512 * 1024
+RESERVE = 4 * 1024 * 1024
+"""Held back on the disk [bytes]: on a full one, the last chunk, the index and metadata.yaml still find room."""
+ABOUT = 'il_policies'
+"""Metadata record at the beginning of the file: what the bag is about."""
+CONTRACT = 'contract'
+"""Its key for the contract as JSON, which is left out of metadata.yaml: that one is for people."""
 INFINITE = {'sec': 9223372036, 'nsec': 854775807}
 
 
@@ -51,7 +57,7 @@ def add_definitions(types: Typestore, type_name: str, folder_of: Callable[[str],
         try:
             types.register(get_types_from_msg(file.read_text(), type_name))
         except (OSError, TypesysError) as error:
-            raise BagError(f'{type_name}: no definition: {error}') from None
+            raise BagError(f'{type_name}: no definition: {error}', 'E104') from None
     for _, (kind, content) in types.fielddefs[type_name][1]:
         if kind in (Nodetype.ARRAY, Nodetype.SEQUENCE):
             kind, content = content[0]
@@ -59,29 +65,77 @@ def add_definitions(types: Typestore, type_name: str, folder_of: Callable[[str],
             add_definitions(types, content, folder_of)
 
 
+def cut_short(folder: Path) -> list[Path]:
+    """The bags in a folder that were never closed, by name."""
+    return sorted(path for path in folder.glob('*.part') if path.is_dir())
+
+
+class _Whole:
+    """A file to which everything since the last flush is added, or nothing: a full disk leaves no half record behind."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, 'xb', buffering=0)
+        self._size = 0
+        self.pending = bytearray()
+        """Written since the last flush."""
+
+    def tell(self) -> int:
+        return self._size + len(self.pending)
+
+    def write(self, data: bytes) -> None:
+        self.pending += data
+
+    def flush(self) -> None:
+        """Hand what is pending to the system; it stays pending if that fails. Raises OSError."""
+        written = 0
+        try:
+            with memoryview(self.pending) as view:
+                while written < len(view):
+                    written += self._file.write(view[written:])
+        except OSError:
+            self._file.seek(self._size)
+            self._file.truncate()
+            raise
+        self._size += written
+        self.pending.clear()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class BagWriter:
     """Writes one bag, message by message, as they come serialised from the middleware."""
 
-    def __init__(self, path: str | Path, types: Typestore):
-        """Open <path>.part for writing. Raises BagError if `path` exists or cannot be made."""
+    def __init__(self, path: str | Path, types: Typestore, about: dict[str, str] | None = None):
+        """Open <path>.part for writing, with what the bag is `about`. Raises BagError if `path` exists or cannot be made."""
         self.path = Path(path)
         self.part = self.path.with_name(f'{self.path.name}.part')
-        if self.path.exists() or self.part.exists():
-            raise BagError(f'{self.path}: exists already')
+        for taken in (self.path, self.part):
+            if taken.exists():
+                raise BagError(f'{taken}: exists already; choose another name, or remove it', 'E301')
+        self._types, self._about = types, about or {}
+        self._reserve = self.part / 'reserve'
         try:
             self.part.mkdir(parents=True)
-            self._stream = open(self.part / f'{self.path.name}_0.mcap', 'xb')
+            with open(self._reserve, 'xb') as reserve:
+                os.posix_fallocate(reserve.fileno(), 0, RESERVE)
+            self._stream = _Whole(self.part / f'{self.path.name}_0.mcap')
+            self._writer = McapWriter(self._stream, chunk_size=CHUNK_SIZE, compression=CompressionType.NONE)
+            self._writer.start(profile='ros2', library='il_policies')
+            if self._about:
+                self._writer.add_metadata(ABOUT, self._about)
+            self._stream.flush()
         except OSError as error:
-            raise BagError(f'{self.path}: cannot be written: {error.strerror}') from None
-        self._types = types
-        self._writer = McapWriter(self._stream, chunk_size=CHUNK_SIZE, compression=CompressionType.NONE)
-        self._writer.start(profile='ros2', library='il_policies')
+            shutil.rmtree(self.part, ignore_errors=True)
+            raise BagError(f'{self.path}: cannot be written: {error.strerror}', 'E305') from None
         self._schemas: dict[str, int] = {}
         self._channels: dict[str, int] = {}
         self._topics: dict[str, dict] = {}  # topic → what metadata.yaml says about it
         self._first: int | None = None
         self._last = 0
-        self._unflushed = 0
 
     def add_topic(self, topic: str, type_name: str, profiles: list[dict] | None = None) -> None:
         """Declare a topic with the QoS profiles its publishers offer. Raises BagError for an unknown type."""
@@ -89,7 +143,7 @@ class BagWriter:
             definition, _ = self._types.generate_msgdef(type_name, ros_version=2)
             type_hash = self._types.hash_rihs01(type_name)
         except (TypesysError, KeyError):
-            raise BagError(f'{topic}: no definition of {type_name}') from None
+            raise BagError(f'{topic}: no definition of {type_name}', 'E104') from None
         profiles = [qos()] if profiles is None else profiles
         if type_name not in self._schemas:
             self._schemas[type_name] = self._writer.register_schema(type_name, 'ros2msg', definition.encode())
@@ -100,7 +154,10 @@ class BagWriter:
                                'message_count': 0}
 
     def write(self, topic: str, data: bytes, receive_ns: int, publish_ns: int) -> None:
-        """Append a message serialised as CDR. Raises BagError for an undeclared topic, OSError for a full disk."""
+        """Append a message serialised as CDR. Raises BagError for an undeclared topic.
+
+        Raises OSError if the disk refuses: nothing is lost then, and `close` has what was held back to complete the bag with.
+        """
         if topic not in self._channels:
             raise BagError(f'{self.path}: {topic} was not declared; there are: {", ".join(self._channels)}')
         about = self._topics[topic]
@@ -108,10 +165,12 @@ class BagWriter:
         about['message_count'] += 1
         self._first = receive_ns if self._first is None else min(self._first, receive_ns)
         self._last = max(self._last, receive_ns)
-        self._unflushed += len(data)
-        if self._unflushed > CHUNK_SIZE:
+        if self._stream.pending:  # a chunk is full
             self._stream.flush()
-            self._unflushed = 0
+
+    def flush(self) -> None:
+        """Hand everything to the system, from which a process that dies takes nothing back. Raises OSError."""
+        self._writer.flush()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -119,7 +178,12 @@ class BagWriter:
         return {topic: about['message_count'] for topic, about in self._topics.items()}
 
     def close(self, custom_data: dict[str, str] | None = None) -> Path:
-        """Finish the file, write metadata.yaml, and give the bag its name. Returns its path."""
+        """Finish the file, write metadata.yaml, and give the bag its name. Returns its path.
+
+        custom_data: what metadata.yaml says besides what the bag is about. Raises OSError, and leaves <path>.part.
+        """
+        self._reserve.unlink(missing_ok=True)
+        about = {key: value for key, value in self._about.items() if key != CONTRACT}
         name = f'{self.path.name}_0.mcap'
         span = {'duration': {'nanoseconds': self._last - (self._first or 0)},
                 'starting_time': {'nanoseconds_since_epoch': self._first or 0}}
@@ -130,11 +194,10 @@ class BagWriter:
             'relative_file_paths': [name],
             'files': [{'path': name, 'starting_time': span['starting_time'], 'duration': span['duration'],
                        'message_count': count}],
-            'custom_data': custom_data or None, 'ros_distro': DISTRO}
+            'custom_data': {**about, **(custom_data or {})} or None, 'ros_distro': DISTRO}
         self._writer.add_metadata('rosbag2', {'serialized_metadata': _dump(information)})
         self._writer.finish()
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        durable.flush(self._stream)
         self._stream.close()
         durable.write(self.part / 'metadata.yaml', _dump({'rosbag2_bagfile_information': information}).encode())
         os.rename(self.part, self.path)
@@ -143,8 +206,7 @@ class BagWriter:
 
     def discard(self) -> None:
         """Drop the recording, also one that the disk refuses."""
-        with contextlib.suppress(OSError):  # closing writes what is buffered
-            self._stream.close()
+        self._stream.close()
         shutil.rmtree(self.part)
 
 

@@ -1,98 +1,130 @@
-"""Bags to a dataset: one bag, one episode.
+"""Bags to a dataset.
 
-First pass: low-dimensional samples, commands and the stamps of images, from which the rows are decided. Second pass:
-the images of those rows, streamed straight into the episode's folder.
+Bags are converted in parallel into OUT/.converting (`convert_bag`), and their episodes then renamed into the dataset in
+the order of the bags: the result depends on the bags alone, not on what finished first, nor on how often a run was killed
+before. An episode notes in its description what it was made from, so that what is there already, in the dataset or half-way
+to it, tells itself whether it can stay; nothing else need be kept in step with it.
 """
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-import numpy as np
+import tyro
 
-from il_policies.contract import Contract, Stream
-from il_policies.data.align import (
-    SECOND,
-    StreamBuffer,
-    Ticks,
-    camera_ticks,
-    grid_ticks,
-    labels,
-    next_state,
-    observation_at,
-    typical_period,
-)
-from il_policies.data.bag import bag_info, find_bags, read_bag, topic_types
-from il_policies.data.decode import decode, decode_jpeg, stamp_of
+from il_policies.contract import Contract, ContractError, from_dict
+from il_policies.data.bag import Bag, find_bags
+from il_policies.data.convert_bag import Job, Options, convert_bag
 from il_policies.data.errors import BagError, DataError
-from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, remove_episode, write_episode
+from il_policies.data.parallel import WorkerDied, run
+from il_policies.data.quality import VERDICTS
+from il_policies.data.store import ActionInfo, DatasetInfo, Feature, create, place_episode, remove_episode
 
-MAX_REPEATED = 2
-"""A stream may be silent for this many ticks, which repeat its last sample, flagged; longer gaps refuse the bag."""
+VERSION = 1
+"""Raised when the same bag gives another episode than before: those made before are then made anew."""
+WORK_PER_PROCESS = 64 * 2**20
+"""Bytes of bags that take about as long as starting a process for them."""
+
+
+@dataclass(frozen=True)
+class ConvertCommand:
+    """Turn recorded bags into a dataset. Bags already in it are not converted again; a run that was interrupted goes on.
+
+    Exit code 0: all converted; 1: some refused, each named with the reason; 2: none converted.
+    """
+
+    bags: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar='BAG [BAG …]', help_behavior_hint='(required)')]
+    """Bags (folders, or single .mcap or .db3 files), or folders of bags."""
+    out: Path
+    """Dataset to make or to bring up to date."""
+    conversion: tyro.conf.OmitArgPrefixes[Options]
+    """What is made of the bags."""
+    contract: Path | None = None
+    """Contract of the robot that was recorded: config/robots/<robot>.yaml. None: the one the recorder left in the bags."""
+    jobs: int = 0
+    """Bags converted at a time, each by a process of its own. 0: one per CPU core, fewer for little work."""
+    prune: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Remove episodes of bags that are not given, or cannot be used any more."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one bag."""
+    """What became of one episode, or of a bag that gave none."""
 
     bag: str
     """Path of the bag."""
     index: int | None
-    """Index of its episode; None if it was refused."""
+    """Index of the episode; None if it was refused."""
     kept: bool
     """True if the episode was there already."""
     refused: str
     """Why there is no episode; empty if there is one."""
     details: dict
-    """Quality: rows, filled, success, per stream n, rate_hz, gaps, lost, max_age_s, out_of_order, …"""
+    """Its quality, see `quality.assess`; {} if it was refused."""
 
 
 def dataset_info(contract: Contract) -> DatasetInfo:
     """The description of a dataset recorded under a contract."""
     return DatasetInfo(
         fps=contract.policy_rate,
-        features={name: Feature(stream.shape, 'image' if stream.is_image else 'lowdim',
-                                () if stream.is_image else tuple(stream.names or stream.fields))
+        features={name: Feature(stream.shape, stream.kind, () if stream.is_image else tuple(stream.names or stream.fields))
                   for name, stream in contract.observations.items()},
         action=ActionInfo(contract.action.joints, contract.action_offset),
         label=contract.action.label, contract=contract.to_dict(), contract_hash=contract.hash)
 
 
-def convert(bags: str | Path | Sequence[str | Path], contract: Contract, out: str | Path,
-            progress: Callable[[int, int, Report], None] | None = None) -> list[Report]:
-    """Convert bags (a folder of them, or a list) to the dataset `out`, one episode each, numbered in the given order.
+def convert(bags: str | Path | Sequence[str | Path], contract: Contract | None, out: str | Path,
+            options: Options | None = None, jobs: int = 0, prune: bool = False,
+            progress: Callable[[float, tuple[str, ...]], None] = lambda share, refused: None) -> list[Report]:
+    """Convert bags (files, folders, folders of them) to the dataset `out`, its episodes numbered in the order of the bags.
 
-    An episode already made from the same bag under the same contract is kept; one of a bag that is not given any more
-    is removed. A bag that cannot be used gives a report with `refused`, and no episode; bags labelled as failures are
-    converted, with their label. progress is called with (bags done, bags in all, report) after each.
-    Raises DataError if there is no bag, or `out` holds something else.
+    Episodes already made from the same bags under the same contract and options are kept. A bag that cannot be used gives
+    a report with `refused`, and leaves there what an earlier run made of it. contract: None takes the one that the recorder
+    left in the bags. jobs: bags at a time, each in a process; 0: one per core, fewer for little work. prune: remove episodes
+    of bags that are not given or are refused. progress is called with the share done and what was refused since.
+    Raises DataError if there is no bag (E102), no contract (E212), or `out` holds something else, episodes of other bags, or
+    is being written (E301); OSError if the disk is full. Processes import the main module: guard it by `__name__`.
     """
-    bags = find_bags(bags) if isinstance(bags, (str, Path)) else [Path(bag) for bag in bags]
-    if not bags:
-        raise BagError('no bags given')
+    options = options or Options()
+    sources = _sources(bags, options)
+    contract = contract or _contract_inside([source for source in sources.values() if isinstance(source, _Source)])
+    info = dataset_info(contract)
     out = Path(out)
-    create(out, dataset_info(contract))
-    dataset = Dataset(out)
-    present = {meta['index']: (meta, i) for i, meta in enumerate(dataset.episodes)}
-    reports = []
-    for index, bag in enumerate(bags):
-        try:
-            fingerprint = _fingerprint(bag)
-            if index in present and present[index][0].get('fingerprint') == fingerprint:
-                report = Report(str(bag), index, True, '', dataset.report(present[index][1]))
+    create(out, info)
+    with _locked(out):
+        plan = _Plan({path: source if isinstance(source, BagError) else _key(source, contract, options)
+                      for path, source in sources.items()}, out, options.salvage, prune)
+        todo = [Job(path, contract, info, options, plan.staging, origin) for path, origin in plan.todo.items()]
+        cores = len(os.sched_getaffinity(0))
+        processes = jobs or min(cores, 1 + sum(_size(job.path) for job in todo) // WORK_PER_PROCESS)
+        processes = max(1, min(processes, len(todo)))
+        todo = [replace(job, threads=max(1, cores // processes)) for job in todo]
+        shares = [0.0] * len(todo)
+
+        def tell(i: int, share: float, refused: tuple[str, ...] = ()) -> None:
+            shares[i] = share
+            progress(1 - (len(todo) - sum(shares)) / len(sources), refused)
+
+        progress(1 - len(todo) / len(sources), sum(plan.refused.values(), ()))
+        for i, made in run(convert_bag, todo, processes, tell):
+            path = todo[i].path
+            if isinstance(made, WorkerDied):
+                plan.refused[path] = (f'{path}: {made}; was memory short? rerun, with fewer jobs',)
             else:
-                report = Report(str(bag), index, False, '', _convert_bag(bag, contract, out, index, fingerprint))
-        except DataError as error:
-            report = Report(str(bag), None, False, str(error), {})
-        reports.append(report)
-        if progress:
-            progress(len(reports), len(bags), report)
-    for index in set(present) - {report.index for report in reports}:
-        remove_episode(out, index)
-    return reports
+                plan.refused[path] = made.refused
+                if made.folder:
+                    (plan.groups[path],) = _groups(made.folder.iterdir())
+            tell(i, 1.0, plan.refused[path])
+        return plan.finish()
 
 
 def summary_line(reports: Sequence[Report]) -> str:
@@ -103,188 +135,194 @@ def summary_line(reports: Sequence[Report]) -> str:
     if rows:
         streams = [stream for details in good for stream in details['streams'].values()]
         share = 100 * sum(details['filled'] for details in good) / rows
+        verdicts = {verdict: sum(details['verdict'] == verdict for details in good) for verdict in VERDICTS}
         parts += [f'{share:.2g} % filled', f'{sum(stream["lost"] for stream in streams)} messages lost',
                   f'{sum(stream["gaps"] for stream in streams)} gaps',
                   f'oldest sample {1e3 * max(stream["max_age_s"] for stream in streams):.0f} ms',
-                  f'{sum(details["success"] is not True for details in good)} not labelled a success']
+                  f'{sum(details["success"] is not True for details in good)} not labelled a success',
+                  *(f'{count} {verdict}' for verdict, count in verdicts.items() if count)]
     refused = len(reports) - len(good)
     return ', '.join(parts + [f'{refused} refused'])
 
 
-def _fingerprint(bag: Path) -> list:
-    """Tells one recording from another without reading it: its metadata and the sizes of its files."""
-    information = bag_info(bag)
-    try:
-        sizes = [os.stat(bag / name).st_size for name in information['relative_file_paths']]
-    except OSError as error:
-        raise BagError(f'{bag}: {error.filename}: {error.strerror}') from None
-    custom = information.get('custom_data') or {}
-    return [bag.name, information['starting_time']['nanoseconds_since_epoch'], information['message_count'], *sizes,
-            custom.get('task', ''), custom.get('success', '')]
+@dataclass(frozen=True)
+class _Source:
+    """A bag that can be read, known without keeping it open."""
+
+    path: Path
+    fingerprint: list
+    contract: dict | None
 
 
-def _convert_bag(bag: Path, contract: Contract, out: Path, index: int, fingerprint: list) -> dict:
-    """Write the episode of one bag; returns its report. Raises DataError."""
-    custom = bag_info(bag).get('custom_data') or {}
-    action = contract.action
-    command = Stream(topic=action.topic, type='sensor_msgs/msg/JointState', field='position', names=action.joints,
-                     rate=contract.control_rate, max_age=action.max_age)
-    streams = dict(contract.observations)
-    if action.label != 'next_state':
-        streams['action'] = command
-    topic_of = _match_topics(bag, streams, json.loads(custom.get('topics', '{}')))
+def _sources(bags: str | Path | Sequence[str | Path], options: Options) -> dict[Path, _Source | BagError]:
+    """Path → the bag, or why it cannot be read; in the given order, those of a folder by name, each once."""
+    paths: dict[Path, Path] = {}
+    for given in [bags] if isinstance(bags, (str, Path)) else bags:
+        for path in find_bags(given, options.salvage):
+            paths.setdefault(path.resolve(), path)
+    if not paths:
+        raise BagError('no bags given', 'E102')
+    sources: dict[Path, _Source | BagError] = {}
+    for path in paths.values():
+        try:
+            bag = Bag(path, options.msg_path, options.salvage)
+            sources[path] = _Source(path, bag.fingerprint, bag.contract)
+        except BagError as error:
+            sources[path] = error
+    return sources
 
-    recorded = {name: StreamBuffer(stream) for name, stream in streams.items()}
-    arrivals: dict[str, list[int]] = {name: [] for name in streams}
-    names_of: dict[str, list[str]] = {}
-    for name, topic in topic_of.items():
-        names_of.setdefault(topic, []).append(name)
-    for topic, _, receive_ns, publish_ns, message in read_bag(bag, names_of):
-        for name in names_of[topic]:
+
+def _contract_inside(sources: Sequence[_Source]) -> Contract:
+    """The contract that the recorder left in the bags."""
+    found: dict[str, tuple[Path, Contract]] = {}
+    for source in sources:
+        if source.contract is not None:
             try:
-                stamp = stamp_of(message, streams[name], publish_ns, receive_ns)
-                # Of an image only its place in the stream is kept; the second pass fetches those that are needed.
-                sample = np.array(len(arrivals[name])) if streams[name].is_image else decode(message, streams[name])
-            except DataError as error:
-                raise DataError(f'{bag}: {error}') from None
-            arrivals[name].append(stamp)
-            recorded[name].add(stamp, sample)
-    silent = [streams[name].topic for name in streams if not recorded[name].stamps]
-    if silent:
-        raise DataError(f'{bag}: no messages on {", ".join(silent)}')
-
-    observed = {name: recorded[name] for name in contract.observations}
-    first = max(buffer.stamps[0] for buffer in observed.values())
-    last = max(buffer.stamps[-1] for buffer in observed.values())
-    for buffer in observed.values():
-        silence = (last - buffer.stamps[-1]) / SECOND
-        if silence > MAX_REPEATED / contract.policy_rate + buffer.stream.max_age + 1 / buffer.stream.rate:
-            raise DataError(f'{bag}: {buffer.stream.topic} falls silent for the last {silence:.2f} s')
-    if contract.cameras:
-        camera = recorded[contract.cameras[0]]
-        frames = np.array([stamp for stamp in camera.stamps if first <= stamp <= last])
-        ticks = camera_ticks(frames, contract.policy_rate, camera.stream.rate)
-    else:
-        ticks = grid_ticks(first, last, contract.policy_rate)
-
-    if action.label == 'next_state':
-        command_place = np.zeros(len(ticks.stamps), np.int64)
-    else:
-        stamps = np.array(recorded['action'].stamps)
-        command_place, command_age = labels(ticks.stamps, action.label, stamps, contract.policy_rate, action.max_age)
-    rows, filled, oldest = _rows(bag, observed, ticks, command_place, contract)
-    lowdim = {name: np.stack([row[name] for row in rows['data']]) for name in observed if not streams[name].is_image}
-    frames = {name: [int(row[name]) for row in rows['data']] for name in contract.cameras}
-    stamps = ticks.stamps[rows['ticks']]
-    if action.label == 'next_state':
-        columns = [contract.observations[contract.joint_state].names.index(joint) for joint in action.joints]
-        actions = next_state(lowdim[contract.joint_state][:, columns])
-        stamps, filled = stamps[:-1], filled[:-1]
-        lowdim = {name: values[:-1] for name, values in lowdim.items()}
-        frames = {name: places[:-1] for name, places in frames.items()}
-    else:
-        actions = np.stack(recorded['action'].samples)[rows['command']]
-        oldest['action'] = float(np.max(command_age[command_place >= 0]))
-    if len(stamps) < 2:
-        raise DataError(f'{bag}: {len(stamps)} usable rows')
-
-    success = {'true': True, 'false': False}.get(custom.get('success'))
-    report = {
-        'rows': len(stamps), 'filled': int(filled.sum()), 'filled_share': float(filled.mean()), 'success': success,
-        'interrupted': custom.get('interrupted') == 'true', 'duration_s': (int(stamps[-1]) - int(stamps[0])) / SECOND,
-        'head_s': max(0.0, (int(stamps[0]) - first) / SECOND), 'warnings': list(ticks.warnings),
-        'contract_differs': custom.get('contract_hash') not in (None, contract.hash),
-        'streams': {name: {**_rate_report(arrivals[name], stream.rate), 'max_age_s': oldest.get(name, 0.0)}
-                    for name, stream in streams.items()}}
-    write_episode(out, index, lowdim, actions, stamps, filled,
-                  {name: _jpegs(bag, topic_of[name], streams[name], places) for name, places in frames.items()},
-                  {'task': custom.get('task', ''), 'success': success, 'source': bag.name, 'fingerprint': fingerprint},
-                  report)
-    return report
+                contract = from_dict(Contract, source.contract, f'contract in {source.path}')
+            except ContractError as error:
+                raise DataError(f'{error}; give one with --contract', 'E212') from None
+            found.setdefault(contract.hash, (source.path, contract))
+    if not found:
+        raise DataError(f'{sources[0].path if sources else "no readable bag"}: no contract inside; give one with --contract',
+                        'E212')
+    if len(found) > 1:
+        (path, contract), (other_path, other) = list(found.values())[:2]
+        raise DataError(f'{path} and {other_path} were recorded under different contracts '
+                        f'({contract.differences(other)[0]}); choose one with --contract', 'E212')
+    return next(iter(found.values()))[1]
 
 
-def _rows(bag: Path, observed: dict[str, StreamBuffer], ticks: Ticks, command_place: np.ndarray,
-          contract: Contract) -> tuple[dict, np.ndarray, dict[str, float]]:
-    """The rows of the episode: ticks from the first to the last at which everything is known.
-
-    In between, what is missing is repeated for up to MAX_REPEATED ticks in a row and the rows are flagged.
-    Returns ({'ticks': (T,), 'command': (T,), 'data': T rows}, flags (T,), oldest sample of each feature [s]).
-    """
-    found = [observation_at(observed, int(t)) for t in ticks.stamps]
-    missing = [dict(observation.problems) for observation in found]
-    for k in range(len(found)):
-        if command_place[k] < 0:
-            missing[k]['action'] = f'{contract.action.topic}: no command within {contract.action.max_age:g} s'
-        if ticks.gap[k]:
-            for name in contract.cameras[:1]:
-                missing[k].setdefault(name, f'{contract.observations[name].topic}: no frame')
-    whole = [k for k, problems in enumerate(missing) if not problems]
-    if not whole:
-        problems = '; '.join(sorted({text for problems in missing for text in problems.values()})[:3])
-        raise DataError(f'{bag}: no tick at which everything is known: {problems or "no ticks"}')
-    kept = range(whole[0], whole[-1] + 1)
-    previous: dict[str, np.ndarray] = {}
-    repeated: dict[str, int] = {}
-    data, commands, filled = [], [], []
-    oldest = dict.fromkeys(observed, 0.0)
-    for k in kept:
-        for name, problem in missing[k].items():
-            repeated[name] = repeated.get(name, 0) + 1
-            if repeated[name] > MAX_REPEATED:
-                since = (int(ticks.stamps[k - MAX_REPEATED]) - int(ticks.stamps[kept[0]])) / SECOND
-                raise DataError(f'{bag}: gap of more than {MAX_REPEATED} ticks at {since:.2f} s: {problem}')
-        repeated = {name: repeated[name] for name in missing[k]}
-        for name in observed:
-            if name not in missing[k]:
-                previous[name] = found[k].data[name][0]
-                oldest[name] = max(oldest[name], found[k].ages[name])
-        data.append(dict(previous))
-        commands.append(command_place[k] if 'action' not in missing[k] else commands[-1])
-        filled.append(bool(missing[k]))
-    return {'ticks': np.array(kept), 'command': np.array(commands), 'data': data}, np.array(filled), oldest
+def _key(source: _Source, contract: Contract, options: Options) -> str:
+    """Equal for conversions that give the same episodes."""
+    return _digest([VERSION, source.fingerprint, contract.hash, options.images, options.gaps, options.markers])
 
 
-def _match_topics(bag: Path, streams: dict[str, Stream], recorded_as: dict[str, str]) -> dict[str, str]:
-    """Stream name → topic in the bag: as the recorder noted it, else the only topic that ends with the contract's."""
-    types = topic_types(bag)
-    topics = {}
-    for name, stream in streams.items():
-        wanted = '/' + stream.topic.strip('/')
-        found = [recorded_as[stream.topic]] if stream.topic in recorded_as else [t for t in types if t == wanted]
-        found = found or [topic for topic in types if topic.endswith(wanted)]
-        if len(found) != 1 or found[0] not in types:
-            raise DataError(f'{bag}: {len(found) or "no"} topics for {stream.topic}; '
-                            f'there are: {", ".join(sorted(types))}')
-        if types[found[0]] != stream.type:
-            raise DataError(f'{bag}: {found[0]} is {types[found[0]]}, the contract says {stream.type}')
-        topics[name] = found[0]
-    return topics
+def _digest(data) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _jpegs(bag: Path, topic: str, stream: Stream, places: Sequence[int]) -> Iterator[bytes]:
-    """The images at the given places of a topic, in the order of `places`, which may repeat and need not quite rise."""
-    messages = enumerate(read_bag(bag, [topic]))
-    last_use = {place: row for row, place in enumerate(places)}
-    ahead: dict[int, bytes] = {}  # read before its turn, because stamps and arrivals differ in order
-    for row, place in enumerate(places):
-        while place not in ahead:
-            i, (*_, message) = next(messages)
-            if i in last_use:
-                try:
-                    ahead[i] = decode_jpeg(message, stream)
-                except DataError as error:
-                    raise DataError(f'{bag}: {error}') from None
-        yield ahead[place] if last_use[place] > row else ahead.pop(place)
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One conversion at a time; the lock goes with the process, however it ends."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f'{out}: is being written by another il convert; wait for it, or give another folder',
+                            'E301') from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def _rate_report(stamps: Sequence[int], rate: float) -> dict:
-    """One stream as it arrived: rates, steps, gaps (> 1.5 periods), an estimate of what was lost, disorder."""
-    report = {'n': len(stamps), 'declared_hz': rate, 'rate_hz': 0.0, 'dt_median_s': 0.0, 'dt_max_s': 0.0, 'gaps': 0,
-              'lost': 0, 'out_of_order': int(np.sum(np.diff(stamps) <= 0))}
-    distinct = np.unique(stamps)
-    if len(distinct) > 1:
-        steps, period = np.diff(distinct) / SECOND, typical_period(distinct) / SECOND
-        report |= {'rate_hz': 1 / period, 'dt_median_s': float(np.median(steps)), 'dt_max_s': float(steps.max()),
-                   'gaps': int(np.sum(steps > 1.5 * period)),
-                   'lost': int(np.sum(np.maximum(np.round(steps / period) - 1, 0)))}
-    return report
+def _size(path: Path) -> int:
+    """Bytes of a bag."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
+
+
+@dataclass
+class _Group:
+    """The episodes made from one bag."""
+
+    key: str
+    """See `_key`."""
+    place: str
+    """Digest of the bag's path."""
+    source: str
+    """Name of the bag."""
+    parts: dict[int, Path]
+    """Number → folder, wherever it lies."""
+    count: int
+    """How many parts there should be."""
+    damaged: bool
+    """Salvaged from a damaged bag."""
+    refused: tuple[str, ...]
+    """Why other episodes of the bag were refused."""
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.parts[number] for number in sorted(self.parts)]
+
+
+def _groups(folders: Iterable[Path]) -> list[_Group]:
+    """The episodes of these folders, by the bag they were made from; folders that are no episode are left out."""
+    groups: dict[str, _Group] = {}
+    for folder in folders:
+        try:
+            meta = json.loads((folder / 'episode.json').read_text())
+        except (OSError, ValueError):
+            continue
+        made = meta.get('conversion') or {'key': str(folder), 'place': '', 'part': 0, 'parts': 1, 'refused': []}
+        group = groups.setdefault(made['key'], _Group(made['key'], made['place'], meta.get('source') or str(folder), {},
+                                                      made['parts'], bool(meta.get('damage')), tuple(made['refused'])))
+        group.parts[made['part']] = folder
+    return list(groups.values())
+
+
+class _Plan:
+    """Which episodes make the dataset: those that are there, and those that are still to be made."""
+
+    def __init__(self, bags: dict[Path, str | BagError], out: Path, salvage: bool, prune: bool):
+        """bags: path → key, or why it cannot be read. Raises DataError if the dataset holds episodes of other bags that are
+        not to be removed."""
+        self.out, self.prune = out, prune
+        self.staging, self.episodes = out / '.converting', out / 'episodes'
+        self.places = {path: _digest(str(path.resolve())) for path in bags}
+        self.groups: dict[Path, _Group] = {}
+        self.refused: dict[Path, tuple[str, ...]] = {}
+        self.todo: dict[Path, dict[str, str]] = {}
+        present = _groups([*self.episodes.glob('[0-9]*'), *self.staging.glob('*/*')])
+        others = sorted({group.source for group in present
+                         if group.key not in bags.values() and group.place not in self.places.values()})
+        if others and not prune:
+            raise DataError(f'{out}: holds episodes of other bags ({", ".join(others[:3])}{", …" if len(others) > 3 else ""}); '
+                            'give those bags too, remove the episodes with --prune, or give another folder', 'E301')
+        usable = {group.key: group for group in present
+                  if len(group.parts) == group.count and (salvage or not group.damaged)}
+        first: dict[str, Path] = {}
+        for path, key in bags.items():
+            if isinstance(key, BagError):
+                self.refused[path] = (str(key),)
+            elif first.setdefault(key, path) != path:
+                self.refused[path] = (f'E303 {path}: the same recording as {first[key]}',)
+            elif key in usable:
+                self.groups[path], self.refused[path] = usable[key], usable[key].refused
+            else:
+                self.todo[path] = {'key': key, 'place': self.places[path]}
+        self.earlier = {group.place: group for group in present if group not in self.groups.values()}
+        self.staging.mkdir(exist_ok=True)
+        for unfinished in self.staging.glob('work-*'):
+            shutil.rmtree(unfinished)
+
+    def finish(self) -> list[Report]:
+        """Number the episodes in the order of the bags, and remove all others."""
+        folders: list[Path] = []
+        reports: list[Report] = []
+        for path, place in self.places.items():
+            group, refused = self.groups.get(path), self.refused[path]
+            if group is None and place in self.earlier and not self.prune:
+                # Hours of work are not thrown away because a bag cannot be read today.
+                group = self.earlier[place]
+                refused = tuple(f'{reason} (what an earlier run made of it stays)' for reason in refused)
+            for folder in group.folders if group else ():
+                if path in self.groups:
+                    details = json.loads((folder / 'report.json').read_text())
+                    reports.append(Report(str(path), len(folders), path not in self.todo, '', details))
+                folders.append(folder)
+            reports += [Report(str(path), None, False, reason, {}) for reason in refused]
+        self._number(folders)
+        shutil.rmtree(self.staging)
+        return reports
+
+    def _number(self, folders: list[Path]) -> None:
+        """Make these folders the episodes 0, 1, … of the dataset, only by renaming: a crash in between loses none."""
+        for i, folder in enumerate(folders):
+            if folder.parent == self.episodes and int(folder.name) != i:
+                folders[i] = Path(tempfile.mkdtemp(prefix='moved-', dir=self.staging)) / '0'
+                os.rename(folder, folders[i])
+        for folder in set(self.episodes.glob('[0-9]*')) - set(folders):
+            remove_episode(self.out, int(folder.name))
+        for i, folder in enumerate(folders):
+            if folder.parent != self.episodes:
+                place_episode(self.out, folder, i)

@@ -17,10 +17,13 @@ CODES = {
     'E208': 'an image cannot be decoded or encoded',
     'E209': 'no command to label with',
     'E210': 'episode markers that make no episodes',
+    'E211': 'a stream comes at another rate than declared',
+    'E212': 'no contract in the bags, or several',
     'E301': 'the output holds something else',
     'E302': 'a dataset cannot be read',
     'E303': 'content that does not fit the dataset',
     'E304': 'episodes that failed the quality check',
+    'E305': 'the disk is full, or cannot be written to',
     'E401': 'a file to import cannot be read',
     'E402': 'a mapping does not fit the file',
     'E403': 'a folder that is no LeRobot dataset',
@@ -34,7 +37,12 @@ class DataError(ValueError):
     def __init__(self, message: str, code: str = ''):
         """code: one of CODES, or none where there is nothing to look up."""
         super().__init__(f'{code} {message}' if code else message)
+        self.message = message
         self.code = code
+
+    def at(self, place: object) -> DataError:
+        """The same error, of a place that was not known where it arose."""
+        return type(self)(f'{place}: {self.message}', self.code)
 
 
 class BagError(DataError):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from il_policies.policies.normalize import Normalizer
+from il_policies.policies.vision import ImageEncoder
 
 
 class PolicyError(ValueError):
@@ -22,7 +23,7 @@ class PolicySpec:
     """What goes into a policy and what comes out."""
 
     features: dict[str, tuple[int, ...]]
-    """Observed feature → shape of one sample."""
+    """Observed feature → shape of one sample: (D,), or (h, w, 3) for images."""
     action_names: tuple[str, ...]
     """Names of the D action entries, such as joints."""
     horizon: int
@@ -44,23 +45,36 @@ class PolicySpec:
             raise ValueError(f'features {list(self.features)} and action_names {list(self.action_names)} must not be '
                              'empty')
 
+    @property
+    def images(self) -> list[str]:
+        """Names of the image features."""
+        return [name for name, shape in self.features.items() if len(shape) == 3]
+
+    @property
+    def lowdim(self) -> list[str]:
+        """Names of the low-dimensional features."""
+        return [name for name in self.features if name not in self.images]
+
 
 class Policy(nn.Module):
     """What all policies share: their description, normalisation and the vector of observations.
 
-    Dimensions: B batch, To history, H horizon, D actions, F numbers observed at one time.
+    Dimensions: B batch, To history, H horizon, D actions, F low-dimensional numbers observed at one time, h and w of images.
     """
 
     kind: str
     """Name of the algorithm."""
 
     def __init__(self, spec: PolicySpec, config, normalizer: Normalizer):
-        """`config` is the algorithm's own frozen dataclass. Raises PolicyError for features it cannot take."""
+        """`config` is the algorithm's own frozen dataclass with a `vision`. Raises PolicyError for features it cannot take."""
         super().__init__()
-        images = {name: shape for name, shape in spec.features.items() if len(shape) != 1}
-        if images:
-            raise PolicyError(f'{self.kind}: features {images} are images; it takes low-dimensional ones (D,) only, '
-                              f'here: {[name for name in spec.features if name not in images]}')
+        wrong = {name: shape for name, shape in spec.features.items() if len(shape) != 1 and shape[2:] != (3,)}
+        if wrong:
+            raise PolicyError(f'{self.kind}: it cannot take features {wrong}; valid: (D,) and images of shape (h, w, 3)')
+        if spec.images and config.vision.frames > spec.history:
+            raise PolicyError(f'{self.kind}: vision.frames is {config.vision.frames}, must be at most the history, '
+                              f'{spec.history}')
+        self.encoders = nn.ModuleList(ImageEncoder(config.vision) for _ in spec.images)
         self.spec = spec
         self.config = config
         self.normalizer = normalizer
@@ -71,12 +85,15 @@ class Policy(nn.Module):
 
     @property
     def condition_size(self) -> int:
-        """To·F: length of what `condition` gives."""
-        return self.spec.history * sum(shape[0] for shape in self.spec.features.values())
+        """Length of what `condition` gives."""
+        lowdim = self.spec.history * sum(self.spec.features[name][0] for name in self.spec.lowdim)
+        return lowdim + sum(encoder.size for encoder in self.encoders)
 
     def condition(self, observation: dict[str, Tensor]) -> Tensor:
-        """All observations, normalised, as one vector: {feature: (B, To, D_f)} → (B, To·F). Raises PolicyError."""
-        parts = []
+        """All observations as one vector: low-dimensional ones normalised, images encoded.
+
+        {feature: (B, To, D_f) float32 or (B, To, h, w, 3) uint8} → (B, condition_size). Raises PolicyError.
+        """
         for name, shape in self.spec.features.items():
             if name not in observation:
                 raise PolicyError(f'{self.kind}: feature {name!r} is missing; received: {list(observation)}')
@@ -84,9 +101,13 @@ class Policy(nn.Module):
             if value.shape[1:] != (self.spec.history, *shape):
                 raise PolicyError(f'{self.kind}: feature {name!r} has shape {tuple(value.shape)}, '
                                   f'must be (B, {self.spec.history}, {", ".join(map(str, shape))})')
-            # Clamped: an entry that hardly moved in the demonstrations would drown all others when it is off live.
-            parts.append(self.normalizer.normalize(name, value).clamp(-2.0, 2.0))
-        return torch.cat(parts, dim=-1).flatten(1)
+            if (value.dtype == torch.uint8) != (name in self.spec.images):
+                raise PolicyError(f'{self.kind}: feature {name!r} is {value.dtype}; images must be uint8, all else not')
+        # Clamped: an entry that hardly moved in the demonstrations would drown all others when it is off live.
+        lowdim = [self.normalizer.normalize(name, observation[name]).clamp(-2.0, 2.0) for name in self.spec.lowdim]
+        parts = [torch.cat(lowdim, dim=-1).flatten(1)] if lowdim else []
+        parts += [encoder(observation[name]) for name, encoder in zip(self.spec.images, self.encoders)]
+        return torch.cat(parts, dim=-1)
 
     def loss(self, batch: dict) -> dict[str, Tensor]:
         """Losses of a batch in raw units, as `Windows.batch` gives it, in tensors; 'loss' is what is minimised."""

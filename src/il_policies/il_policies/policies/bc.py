@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from il_policies.policies import Policy, PolicyError, PolicySpec, masked_mse
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.unet import UNet, UNetConfig
+from il_policies.policies.vision import VisionConfig
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class BCConfig:
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     """The network."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """The network that looks at each camera."""
 
 
 class BC(Policy):

@@ -16,6 +16,7 @@ from torch import Tensor
 from il_policies.policies import Policy, PolicyError, PolicySpec, masked_mse
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.unet import UNet, UNetConfig
+from il_policies.policies.vision import VisionConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class FlowConfig:
     """Steps from noise to actions; warm starts take proportionally fewer."""
     time_sampling: Literal['uniform', 'beta'] = 'uniform'
     """Flow times trained on: uniform, or 1 - Beta(1.5, 1) with more weight near noise, as π₀."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """The network that looks at each camera."""
 
     def __post_init__(self):
         if self.euler_steps < 1:

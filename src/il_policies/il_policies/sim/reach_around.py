@@ -8,10 +8,13 @@ Lengths in [m], angles in [rad], times in [s]. The world frame is the arm's base
 from __future__ import annotations
 
 import functools
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import cv2
 import numpy as np
 
 from il_policies.description import DescriptionError, load_spec  # before mujoco: it chooses how to render
@@ -36,6 +39,13 @@ TIP_HEIGHT = 0.03
 """Height at which the tip travels, gripper down."""
 START_X, START_Y = (0.10, 0.115), (-0.02, 0.02)
 GOAL_X, GOAL_Y = (0.275, 0.285), (-0.03, 0.03)
+"""The narrow area of goals: straight behind the pillar."""
+PAN_AXIS = (0.0388, 0.0)
+"""Where the shoulder turns."""
+GOALS = ('narrow', 'wide')
+GOAL_RADIUS, GOAL_ANGLE = (0.243, 0.252), (-0.4, 0.4)
+"""The wide area of goals, about PAN_AXIS: an arc of 0.2 m. Who does not know where on it the goal is comes to rest within
+REACH_TOLERANCE of it once in seven times."""
 
 REACH_TOLERANCE = 0.015
 """Largest horizontal distance from the tip to a reached goal."""
@@ -50,7 +60,8 @@ FUNNEL = (0.14, 0.0)
 """Every demonstration passes here before it turns left or right."""
 DETOUR_Y = 0.08
 """Distance at which a demonstration passes the middle of the pillar."""
-MOVE_S = 2.6
+MOVE_S, LAST_LENGTH = 2.6, 0.135
+"""How long a demonstration moves; longer in proportion if it is further than LAST_LENGTH from a detour to the goal."""
 HOLD_S = 0.7
 GRIPPER = -0.15
 """Closed all but a little: the moving jaw opens forwards, towards the pillar."""
@@ -59,6 +70,7 @@ SERVO = {'kp': 17.8, 'damping': 0.6, 'armature': 0.028, 'frictionloss': 0.052, '
 """An STS3215 servo at its usual gain: [N·m/rad], [N·m·s/rad], [kg·m²], [N·m], [N·m]."""
 
 CAMERA = 'front'
+JPEG_QUALITY = 95
 
 TASK = 'to the goal round the {side}'
 """What a demonstration does, in words."""
@@ -78,10 +90,15 @@ class Scene:
     """Where the tip shall go: x, y [m]."""
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """A scene drawn uniformly from the start and goal areas."""
-    return Scene(start=(rng.uniform(*START_X), rng.uniform(*START_Y)),
-                 goal=(rng.uniform(*GOAL_X), rng.uniform(*GOAL_Y)))
+def sample_scene(rng: np.random.Generator, goals: Literal['narrow', 'wide'] = 'narrow') -> Scene:
+    """A scene drawn uniformly from the area of starts and one of the areas of goals. Raises SceneError for another area."""
+    if goals not in GOALS:
+        raise SceneError(f'goals is {goals!r}; valid: {", ".join(GOALS)}')
+    start = (rng.uniform(*START_X), rng.uniform(*START_Y))
+    if goals == 'narrow':
+        return Scene(start, (rng.uniform(*GOAL_X), rng.uniform(*GOAL_Y)))
+    radius, angle = rng.uniform(*GOAL_RADIUS), rng.uniform(*GOAL_ANGLE)
+    return Scene(start, (PAN_AXIS[0] + radius * math.cos(angle), PAN_AXIS[1] + radius * math.sin(angle)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -271,6 +288,12 @@ class ReachAround:
         mujoco.mj_camlight(self.model, self._posed)
         return self._render(self._posed, size)
 
+    def photograph(self, size: tuple[int, int], goal: tuple[float, float] | None = None) -> bytes:
+        """The camera's image now as a JPEG file, as cameras send it. goal: where it shows the goal, if not where it is."""
+        image = self.render(size) if goal is None else self.render_pose(self.joint_positions, goal, size)
+        return cv2.imencode('.jpg', cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
+                            [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
+
     def _render(self, data: mujoco.MjData, size: tuple[int, int]) -> np.ndarray:
         # Created on first use: an OpenGL context belongs to the thread that draws.
         if size not in self._renderers:
@@ -359,12 +382,16 @@ def expert(scene: Scene, side: int, noise: float = 0.0, rng: np.random.Generator
     points = np.array([scene.start, FUNNEL, (PILLAR[0], side * DETOUR_Y), scene.goal])  # (4, 2)
     lengths = np.linalg.norm(np.diff(points, axis=0), axis=1)
     # The same timing for both sides, or the speed before the turn would tell which side follows.
-    lengths[2] = np.mean([np.hypot(scene.goal[0] - PILLAR[0], scene.goal[1] - y) for y in (-DETOUR_Y, DETOUR_Y)])
+    last = [np.hypot(scene.goal[0] - PILLAR[0], scene.goal[1] - y) for y in (-DETOUR_Y, DETOUR_Y)]
+    lengths[2] = np.mean(last)
+    move_s = MOVE_S * max(1.0, max(last) / LAST_LENGTH)
+    # A goal far on the other side is reached in a wider bow, behind the pillar.
+    bow = 1.0 + 8.0 * max(0.0, -side * scene.goal[1] - GOAL_Y[1])
     knots = np.concatenate([[0.0], np.cumsum(lengths)])
-    tangents = np.array([(points[1] - points[0]) / lengths[0], (0.3, 0.0), (1.0, 0.0), (0.0, -0.6 * side)])  # (4, 2)
+    tangents = np.array([(points[1] - points[0]) / lengths[0], (0.3, 0.0), (bow, 0.0), (0.0, -0.6 * side)])  # (4, 2)
 
-    times = np.arange(round((MOVE_S + HOLD_S) / CONTROL_PERIOD) + 1) * CONTROL_PERIOD
-    s = minimum_jerk(np.clip(times / MOVE_S, 0.0, 1.0))  # (N,) part of the way
+    times = np.arange(round((move_s + HOLD_S) / CONTROL_PERIOD) + 1) * CONTROL_PERIOD
+    s = minimum_jerk(np.clip(times / move_s, 0.0, 1.0))  # (N,) part of the way
     along = s * knots[-1]
     k = np.clip(np.searchsorted(knots, along, side='right') - 1, 0, 2)
     u = ((along - knots[k]) / lengths[k])[:, None]

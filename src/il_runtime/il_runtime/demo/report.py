@@ -8,7 +8,7 @@ import base64
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
+from matplotlib.patches import Circle, Rectangle, Wedge
 from matplotlib.ticker import FixedLocator, NullLocator
 from PIL import Image
 
@@ -49,8 +49,10 @@ RC = {'font.size': 10.5, 'text.color': INK, 'axes.labelcolor': SOFT, 'xtick.colo
 # --- what there is to show --------------------------------------------------------------------------------------------
 
 def side(path: np.ndarray) -> str:
-    """left or right: where a path (N, 2 or 3) is at its widest."""
-    return 'left' if path[np.argmax(np.abs(path[:, 1])), 1] > 0 else 'right'
+    """left or right: where a path (N, 2 or 3) passes the pillar, or, if it never does, where it is at its widest."""
+    beyond = path[:, 0] > task.PILLAR[0]
+    place = np.argmax(beyond) if beyond.any() else np.argmax(np.abs(path[:, 1]))
+    return 'left' if path[place, 1] > 0 else 'right'
 
 
 @dataclass
@@ -145,14 +147,25 @@ View = tuple[str, str, list[np.ndarray], list[str]]
 """Title, subtitle, paths and kinds of a view from above."""
 
 
-def top_view(ax: Axes, paths: list[np.ndarray], kinds: list[str]) -> None:
-    """Paths (N, 2 or 3) [m] seen from above: x upwards, y to the left, as the arm sees it. kinds: keys of STYLES."""
-    for (x0, x1), (y0, y1), colour in ((task.START_X, task.START_Y, '#e9edf1'), (task.GOAL_X, task.GOAL_Y, '#d9efe8')):
+def top_view(ax: Axes, paths: list[np.ndarray], kinds: list[str], goals: str = 'narrow') -> None:
+    """Paths (N, 2 or 3) [m] seen from above: x upwards, y to the left, as the arm sees it.
+
+    kinds: keys of STYLES. goals: their area, as for `sample_scene`.
+    """
+    areas = [(task.START_X, task.START_Y, '#e9edf1')]
+    if goals == 'narrow':
+        areas.append((task.GOAL_X, task.GOAL_Y, '#d9efe8'))
+    else:
+        near, far = 100 * np.array(task.GOAL_RADIUS) + (-0.3, 0.3)
+        ax.add_patch(Wedge((100 * task.PAN_AXIS[1], 100 * task.PAN_AXIS[0]), far, *(90 + np.rad2deg(task.GOAL_ANGLE)),
+                           width=far - near, facecolor='#d9efe8', edgecolor='none', zorder=1))
+    for (x0, x1), (y0, y1), colour in areas:
         corner, width, height = (100 * y0 - 0.3, 100 * x0 - 0.3), 100 * (y1 - y0) + 0.6, 100 * (x1 - x0) + 0.6
         ax.add_patch(Rectangle(corner, width, height, facecolor=colour, edgecolor='none', zorder=1))
     ax.add_patch(Circle((100 * task.PILLAR[1], 100 * task.PILLAR[0]), 100 * task.PILLAR_RADIUS, facecolor='#cdd5dc',
                         edgecolor='#98a4b0', linewidth=1.2, zorder=1.5))
-    for x, y, text in ((100 * task.PILLAR[0], 0, 'pillar'), (29.8, 0, 'goals'), (10.7, -4.6, 'starts')):
+    beyond = 29.8 if goals == 'narrow' else 30.2
+    for x, y, text in ((100 * task.PILLAR[0], 0, 'pillar'), (beyond, 0, 'goals'), (10.7, -4.6, 'starts')):
         ax.text(y, x, text, ha='center', va='center', fontsize=9.5, color=SOFT, zorder=4)
     alpha = float(np.clip(25 / max(len(paths), 1), 0.4, 0.9))
     for kind in ('left', 'right', 'reached', 'late', 'touched'):  # failures on top
@@ -168,20 +181,20 @@ def top_view(ax: Axes, paths: list[np.ndarray], kinds: list[str]) -> None:
     ax.spines['bottom'].set_visible(False)
 
 
-def top_view_image(paths: list[np.ndarray], kinds: list[str], alt: str) -> str:
+def top_view_image(paths: list[np.ndarray], kinds: list[str], alt: str, goals: str = 'narrow') -> str:
     """One view from above; all of them have the same axes in the same place."""
     drawing = Figure(figsize=(3.1, 3.12))
-    top_view(drawing.add_axes((0.115, 0.075, 0.88, 0.92)), paths, kinds)
+    top_view(drawing.add_axes((0.115, 0.075, 0.88, 0.92)), paths, kinds, goals)
     drawing.text(0.012, 0.012, 'cm', fontsize=9.5, color=SOFT)
     return image(data_uri(drawing), alt)
 
 
-def paths_figure(views: list[View]) -> Figure:
+def paths_figure(views: list[View], goals: str = 'narrow') -> Figure:
     """Views from above in a row."""
     drawing = Figure(figsize=(2.9 * len(views), 3.5))
     axes = drawing.subplots(1, len(views), sharey=True)
     for ax, (title, subtitle, paths, kinds) in zip(axes, views, strict=True):
-        top_view(ax, paths, kinds)
+        top_view(ax, paths, kinds, goals)
         ax.text(0, 1.095, title, transform=ax.transAxes, fontsize=12, fontweight='bold')
         ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=10, color=SOFT)
     drawing.text(0.008, 0.02, 'cm', color=SOFT)
@@ -369,7 +382,7 @@ def opening(results: dict, shown: Shown, dataset: Dataset) -> str:
   ({results["demonstrations"]} demonstrations). BC predicts their average, and that leads into the pillar; Flow draws
   one of the two. Data, network, budget and stride are the same for both. {control}</p>
 </div>
-<div class="hero">{hero(shown, dataset)}</div>
+<div class="hero">{hero(shown)}{still(dataset)}</div>
 <div>
   {table(["", "over DDS, real time", "lock-step"], rows, "scores")}
   <p class="soft small">Success: the gripper rests at the goal within {task.EPISODE_S:g} s, nothing touched the pillar.
@@ -380,22 +393,26 @@ def opening(results: dict, shown: Shown, dataset: Dataset) -> str:
 '''
 
 
-def hero(shown: Shown, dataset: Dataset) -> str:
-    """Clip of the shown run and a camera image of the dataset."""
+def hero(shown: Shown) -> str:
+    """Clip of the shown run."""
     ends = {'reached': 'reaches the goal', 'touched': 'touches the pillar', 'late': 'has not reached the goal'}
     try:
         clip = image(data_uri(render_clip(shown)), 'clip of the arm moving round the pillar', 'clip')
     except SceneError as error:
         clip = f'<p class="soft">No clip: {escape(str(error))}</p>'
-    still = ''
-    for name in dataset.info.images[:1]:
-        height, width, _ = dataset.info.features[name].shape
-        frame = Image.fromarray(dataset.image(0, name, dataset.episodes[0]['length'] // 2))
-        still = f'''<div class="still">{image(data_uri(frame), "camera image", "pixels")}
-          <span>What the dataset holds of camera <code>{escape(name)}</code>: {width} × {height} pixels at
-          {dataset.info.fps:g} Hz.</span></div>'''
-    caption = f'One Flow run over DDS, at the speed it had: after {shown.end:.1f} s the gripper {ends[shown.outcome]}.'
-    return figure(clip, caption) + still
+    return figure(clip, f'One Flow run over DDS, at the speed it had: after {shown.end:.1f} s the gripper {ends[shown.outcome]}.')
+
+
+def still(dataset: Dataset) -> str:
+    """A camera image of the dataset."""
+    if not dataset.info.images:
+        return ''
+    name = dataset.info.images[0]
+    height, width, _ = dataset.info.features[name].shape
+    frame = Image.fromarray(dataset.image(0, name, dataset.episodes[0]['length'] // 2))
+    return f'''<div class="still">{image(data_uri(frame), "camera image", "pixels")}
+      <span>What the dataset holds of camera <code>{escape(name)}</code>: {width} × {height} pixels at
+      {dataset.info.fps:g} Hz.</span></div>'''
 
 
 def from_above(results: dict, views: list[View], over_dds: list[Rollouts]) -> str:
@@ -429,8 +446,8 @@ def one_start(runs: Rollouts, study: dict) -> str:
         <div class="ends"><b>{left}<small> left</small></b><b>{right}<small> right</small></b></div>
         {bar(("left", left / n), ("right", right / n))}
         <p>{of(study)} reach the goal without touching the pillar. The noise picks the side; each later chunk is started
-        from the one before it, so that a run keeps to its side. A path’s side is where it is widest, also if it
-        touches.</p>
+        from the one before it, so that a run keeps to its side. A path’s side is where it passes the pillar;
+        if it touches, where it is widest.</p>
         {legend(left="went left", right="went right", touched="touched the pillar")}
       </div></div>''')
 
@@ -516,7 +533,8 @@ def making(results: dict) -> str:
         rows = [[names.get(name, escape(name)), str(fact.get('episodes', '–')), str(fact['steps']),
                  f'{fact["seconds"]:.0f}\u00a0s', f'{fact["loss"]:.4f}'] for name, fact in training.items()]
         body += table(['training', 'demonstrations', 'steps', 'time', 'loss'], rows, 'plain')
-        body += '<p class="soft small">The losses of BC and Flow measure different things and do not compare.</p>'
+        if 'bc' in training:
+            body += '<p class="soft small">The losses of BC and Flow measure different things and do not compare.</p>'
     if dataset := results.get('dataset'):
         body += f'<p><b>Dataset.</b> {escape(dataset)}</p>'
     return section('Where the time went', 'Each stage reuses what is already there, so a second run is shorter.', body)
@@ -531,7 +549,12 @@ def going_on(name: str) -> str:
         (f'il evaluate {name}/checkpoints/flow --task reach_around --episodes 200', 'more starts, in lock-step'),
         (f'il train {name}/dataset --output my_policy --preset config/policies/flow.yaml --steps 5000',
          'a policy of your own'),
-        ('il convert BAGS DATASET --contract config/robots/ROBOT.yaml', 'recordings of your own arm: see README.md'))
+        ('il convert BAGS --contract config/robots/ROBOT.yaml --out DATASET', 'recordings of your own arm: see README.md'))
+    return commands(name, steps)
+
+
+def commands(name: str, steps: Sequence[tuple[str, str]]) -> str:
+    """Commands and what they do. name: the folder's."""
     listed = ''.join(f'<div><code>{command}</code><span>{what}</span></div>' for command, what in steps)
     return section('Reproduce, and go on', f'The numbers of this page are in <code>{name}/results.json</code>.',
                    f'<div class="steps">{listed}</div>')
@@ -571,11 +594,16 @@ def write(out: Path) -> Path:
         if 'warm_start' in runs:
             body += averaging(studies, runs)
         body += timing(results['controller'], lateness) + making(results) + going_on(escape(out.resolve().name))
+    return write_page(out, 'Reach around: BC and Flow', body)
+
+
+def write_page(out: Path, title: str, body: str) -> Path:
+    """Write report.html below `out`, and return its path."""
     colours = {kind: colour for kind, (colour, _) in STYLES.items()}
     colours.update(ink=INK, soft=SOFT, line=LINE, measured=MEASURED)
     page = f'''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Reach around: BC and Flow</title>
+<title>{title}</title>
 <style>
 :root {{ color-scheme: light; {" ".join(f"--{name}: {colour};" for name, colour in colours.items())} }}
 {STYLE}</style></head><body><main>
@@ -611,10 +639,12 @@ code { font: 0.86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace
 .clip { border-radius: 14px; border: 1px solid var(--line); }
 .still { display: flex; gap: 14px; align-items: center; margin: 16px 0; color: var(--soft); font-size: 0.86rem;
   line-height: 1.45; }
-.pixels { flex: none; width: 120px; border-radius: 8px; image-rendering: pixelated; }
+.pixels { flex: none; width: 120px; }
+.pixels, .seen { border-radius: 8px; image-rendering: pixelated; }
 .grid { display: grid; gap: 22px; }
 .grid + .small { margin-top: 16px; }
 .four { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+.six { grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 12px; }
 .two { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 40px; }
 .two figure { display: grid; grid-template-columns: minmax(0, 1.45fr) minmax(0, 1fr); gap: 20px; align-items: center; }
 .beside { grid-template-columns: minmax(0, 400px) minmax(0, 520px); gap: 64px; align-items: center; }
@@ -664,6 +694,7 @@ summary { cursor: pointer; color: var(--soft); margin-bottom: 12px; }
   .hero { grid-column: 1; grid-row: auto; }
   .chunks, .two { grid-template-columns: minmax(0, 1fr); }
   .four { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .six { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 }
 @media (max-width: 640px) {
   main { padding: 16px 12px 32px; }
@@ -679,15 +710,15 @@ summary { cursor: pointer; color: var(--soft); margin-bottom: 12px; }
 '''
 
 
-def main() -> int:
+def main(write: Callable[[Path], Path] = write, module: str = 'report', folder: str = 'demo_out', make: str = 'make demo') -> int:
     """Entry point; 0 written, 1 something is missing, 2 wrong arguments."""
     if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
-        print('usage: python -m il_runtime.demo.report demo_out', file=sys.stderr)
+        print(f'usage: python -m il_runtime.demo.{module} {folder}', file=sys.stderr)
         return 2
     try:
         print(write(Path(sys.argv[1])))
     except KeyError as error:
-        print(f'report: {error} is missing in {sys.argv[1]}; run "make demo"', file=sys.stderr)
+        print(f'report: {error} is missing in {sys.argv[1]}; run "{make}"', file=sys.stderr)
     except (OSError, ValueError) as error:
         print(f'report: {error}', file=sys.stderr)
     else:

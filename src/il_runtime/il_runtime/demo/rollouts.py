@@ -128,14 +128,17 @@ def _episode(session: Session, spectator: Spectator, scene: Scene) -> tuple[bool
     return session.task.reached and not faulted, session.task.touched, session.controller.reason if faulted else ''
 
 
-def in_lockstep(checkpoint: Path, scenes: list[Scene], seed: int, execution: dict, save: Path) -> dict:
-    """Episodes without DDS, in a process of their own; saves them as `save` and returns counts and smoothness."""
+def in_lockstep(checkpoint: Path, scenes: list[Scene], seed: int, execution: dict, save: Path, shuffled: bool = False) -> dict:
+    """Episodes without DDS, in a process of their own; saves them as `save` and returns counts and smoothness.
+
+    shuffled: with the camera images of other episodes.
+    """
     import torch
 
     from il_policies import checkpoint as checkpoints
     from il_policies.lockstep import Execution, run_episodes
     torch.set_num_threads(1)
-    done = run_episodes(checkpoints.load(checkpoint), scenes, seed, Execution(**execution))
+    done = run_episodes(checkpoints.load(checkpoint), scenes, seed, Execution(**execution), shuffled=shuffled)
     commands = [episode.commands for episode in done]
     save_rollouts(save, [(episode.scene, episode.tips, episode.reached, episode.touched) for episode in done],
                   commands=np.concatenate(commands))
