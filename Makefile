@@ -9,7 +9,9 @@ demo: setup
 	@. ./env.sh && exec python -m il_runtime.demo --setup-seconds "$$(cat .venv/seconds)" $(if $(IMAGES),--images) $(if $(FRESH),--fresh)
 
 test: setup
-	@. ./env.sh && exec python -m pytest test/unit test/graph
+	@. ./env.sh; failed=0; \
+	OMP_NUM_THREADS=1 python -m pytest -n logical --dist worksteal test/unit || failed=1; \
+	python -m pytest test/graph && exit $$failed
 
 soak: setup
 	@rm -rf log/faults; . ./env.sh; failed=0; \

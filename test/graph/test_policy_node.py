@@ -129,10 +129,10 @@ def test_a_silent_stream_stops_planning_and_is_named(robot, nodes, tmp_path):
 
 
 def test_a_policy_that_sees_plans_from_the_newest_frame(robot, nodes, tmp_path):
-    """With noise repeated for every chunk and an arm at rest the image alone decides: the chunk is what the policy predicts from
-    the frame as it was sent, and its stamp is the frame's."""
+    """Chunks are what the policy predicts from the frame as it was sent, each from new noise as long as none is followed; their
+    stamps are the frames', and no frame is from before the epoch."""
     path = save_policy(tmp_path / 'policy', features={'joint_positions': (6,), 'front': (96, 96, 3)})
-    nodes.start('policy_node', contract=CONTRACT, checkpoint=path, stride=2, nice=0, noise='per_epoch', seed=5)
+    nodes.start('policy_node', contract=CONTRACT, checkpoint=path, stride=2, nice=0, seed=5)
     wait_for(lambda: 'plans every' in nodes.log('policy_node'), 40, 'activation')
     robot.follow(1)
     wait_for(lambda: 'not planning: nothing received on camera/image/compressed' in nodes.log('policy_node'),
@@ -142,6 +142,11 @@ def test_a_policy_that_sees_plans_from_the_newest_frame(robot, nodes, tmp_path):
     sent[30:60, 10:50] = (30, 200, 90)
     camera = robot.photograph(sent)
     wait_for(lambda: len(robot.chunks) >= 3, what='chunks')
+    first = robot.chunks[:3]
+    told = robot.node.get_clock().now().nanoseconds
+    robot.follow(2)
+    again = wait_for(lambda: [chunk for chunk in robot.chunks if chunk.epoch == 2], what='a chunk of the new epoch')
+    assert nanoseconds(again[0].header.stamp) >= told
     stamps = {nanoseconds(frame.header.stamp) for frame in robot.frames}
     assert {nanoseconds(chunk.header.stamp) for chunk in robot.chunks} <= stamps
 
@@ -149,11 +154,13 @@ def test_a_policy_that_sees_plans_from_the_newest_frame(robot, nodes, tmp_path):
     seen = cv2.imdecode(np.frombuffer(robot.frames[0].data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     observation = {'joint_positions': torch.linspace(0, 0.5, 6).expand(1, 2, 6),
                    'front': torch.from_numpy(np.stack([seen, seen])[None].copy())}
-    noise = torch.randn((1, 16, 6), generator=torch.Generator().manual_seed(5))
-    expected = policy.predict(observation, noise=noise)[0].numpy().ravel()
-    np.testing.assert_allclose(robot.chunks[0].positions, expected, atol=1e-4)
-    other = policy.predict({**observation, 'front': torch.zeros_like(observation['front'])}, noise=noise)[0].numpy().ravel()
-    assert np.abs(other - expected).max() > 1e-2, 'it would be another chunk from another image'
+    generator = torch.Generator().manual_seed(5)
+    for chunk in first:
+        noise = torch.randn((1, 16, 6), generator=generator)
+        expected = policy.predict(observation, noise=noise)[0].numpy().ravel()
+        np.testing.assert_allclose(chunk.positions, expected, atol=1e-4)
+    blank = policy.predict({**observation, 'front': torch.zeros_like(observation['front'])}, noise=noise)[0].numpy().ravel()
+    assert np.abs(blank - expected).max() > 1e-2, 'it would be another chunk from another image'
 
     camera.cancel()
     wait_for(lambda: 'not planning: camera/image/compressed: newest sample is' in nodes.log('policy_node'),

@@ -39,6 +39,18 @@ def test_the_warm_start_is_the_previous_chunk_by_time():
     assert first.shape == (8, 3) and first.dtype == np.float64
 
 
+def test_what_was_not_followed_is_no_start():
+    flow = make_flow()
+    planner = Planner(flow, 'warm_start', seed=7)
+    planner.plan(OBSERVATION, 0.0)
+    planner.forget()
+    chunk = planner.plan(OBSERVATION, 0.3)
+    generator = torch.Generator().manual_seed(7)
+    noise = [torch.randn((1, 8, 3), generator=generator) for _ in range(2)][1]
+    expected = flow.predict({'state': torch.from_numpy(OBSERVATION['state'])[None]}, noise=noise)[0].numpy()
+    np.testing.assert_allclose(chunk, expected, atol=1e-6)
+
+
 def test_images_reach_the_policy_as_they_are():
     policy = make_policy(Flow)
     planner = Planner(policy, 'per_chunk', seed=3)

@@ -43,6 +43,10 @@ class Planner:
         if seed is not None:
             self._generator.manual_seed(seed)
         self._epoch_noise: Tensor | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Draw the next chunk from noise alone: the previous one was not followed."""
         self._previous: tuple[np.ndarray, float] | None = None
 
     def plan(self, observation: dict[str, np.ndarray], start: float) -> np.ndarray:

@@ -105,7 +105,7 @@ class PolicyNode(LifecycleNode):
 
     # --- planning -----------------------------------------------------------------------------------------------------
     def _plan(self) -> None:
-        epoch, following, sequence, due, began = None, False, 0, 0, None
+        epoch, following, sequence, due, since, began = None, False, 0, 0, 0, None
         while self.running:
             with self.lock:
                 status = self.status
@@ -115,15 +115,15 @@ class PolicyNode(LifecycleNode):
                 # After a stop the arm is elsewhere than the last chunk would have it. Within an epoch the sequence goes on:
                 # the controller takes one that it has seen for a double.
                 sequence = sequence if status.epoch == epoch else 0
-                epoch, due, began = status.epoch, now, None
+                epoch, due, since, began = status.epoch, now, now, None
                 self.planner.reset()
             if not following or now < due:
                 time.sleep(0.002)
                 continue
             with self.lock:
                 t = self.streams[self.anchor].newest or now if self.anchor else now
-                began = t if began is None else began
-                observation = observation_at(self.streams, t, self.policy.spec.history, self.period, began, self.anchor)
+                first = t if began is None else began
+                observation = observation_at(self.streams, t, self.policy.spec.history, self.period, first, self.anchor)
                 # Measured against itself the newest frame is never old: a camera that has died shows against now.
                 dead = observation_at({self.anchor: self.streams[self.anchor]}, now).problems if self.anchor else {}
             problems = observation.problems | dead
@@ -131,6 +131,13 @@ class PolicyNode(LifecycleNode):
                 self.get_logger().warning('not planning: ' + '; '.join(problems.values()), throttle_duration_sec=1.0)
                 time.sleep(0.02)
                 continue
+            if t < since:  # the newest frame is from before: it may show the arm elsewhere, as before a reset
+                time.sleep(0.002)
+                continue
+            began = first
+            if status.mode == ControllerStatus.HOLD:
+                # Nothing is followed yet. Warm-started from a chunk that was refused, the next one would be refused too.
+                self.planner.forget()
             started = time.monotonic_ns()
             chunk_start = t + round(self.policy.spec.action_offset * 1e9)
             positions = self.planner.plan(observation.data, chunk_start * 1e-9)
