@@ -160,7 +160,7 @@ def test_a_policy_that_sees_plans_from_the_newest_frame(robot, nodes, tmp_path):
         expected = policy.predict(observation, noise=noise)[0].numpy().ravel()
         np.testing.assert_allclose(chunk.positions, expected, atol=1e-4)
     blank = policy.predict({**observation, 'front': torch.zeros_like(observation['front'])}, noise=noise)[0].numpy().ravel()
-    assert np.abs(blank - expected).max() > 1e-2, 'it would be another chunk from another image'
+    assert np.abs(blank - expected).max() > 3e-3, 'it would be another chunk from another image'
 
     camera.cancel()
     wait_for(lambda: 'not planning: camera/image/compressed: newest sample is' in nodes.log('policy_node'),

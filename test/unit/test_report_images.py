@@ -48,8 +48,8 @@ def test_the_page_needs_nothing_else_and_has_the_numbers(out):
     sources = re.findall(r'(?:src|srcset)="([^"]*)"', page)
     assert all(source.startswith('data:image/webp;base64,') for source in sources)
     pictures = [Image.open(io.BytesIO(base64.b64decode(source.partition(',')[2]))) for source in sources]
-    # a clip, first images of the 4 demonstrations, 4 views from above, 3 charts in two sizes
-    assert len(pictures) == 15 and sum(picture.size == (96, 96) for picture in pictures) == 4
+    # a clip, first images of the 4 demonstrations, 2 charts of ends, 4 views from above, 3 charts in two sizes
+    assert len(pictures) == 17 and sum(picture.size == (96, 96) for picture in pictures) == 4
     text = text_of(page)
     assert '{' not in text, 'a placeholder was left'
     for number in ('46 of 51', '46 / 51', '17 / 19', '6 / 52', '6 of 52', '41 of 52', '14&nbsp;%', '3 touched', '5 touched',
@@ -65,6 +65,11 @@ def test_more_than_chance_is_called_so(out, monkeypatch):
     monkeypatch.setattr(report, 'render_clip', lambda shown: b'')
     (out / 'results.json').write_text(json.dumps({**RESULTS, 'shuffled': {**RESULTS['shuffled'], 'successes': 22}}))
     assert 'that is more than chance' in text_of(report_images.write(out).read_text())
+
+
+def test_the_arc_runs_from_left_to_right():
+    points = np.array([(0.0388 + 0.2475, 0.0), (0.0388, -0.2475), (0.0388 + 0.3 * np.cos(0.2), 0.3 * np.sin(0.2))])
+    np.testing.assert_allclose(report_images.along(points), [0.0, 24.75 * np.pi / 2, -24.75 * 0.2], atol=1e-9)
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):

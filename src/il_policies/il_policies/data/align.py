@@ -7,9 +7,8 @@ streams' stamps.
 from __future__ import annotations
 
 import math
-from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Mapping, MutableSequence, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,18 +36,19 @@ class StreamBuffer:
         self.stream = stream
         self.max_age = round(stream.max_age * SECOND)
         self.capacity = capacity
-        self.stamps: MutableSequence[int] = []
+        self.stamps: list[int] | memoryview = []
         self.samples: Sequence = []
 
     @classmethod
     def of(cls, record: StreamRecord, without: Collection[int] = ()) -> StreamBuffer:
         """What adding a whole recording one by one would give; samples are their places in it, `without` left out."""
-        places = np.delete(np.arange(len(record.stamps)), list(without))
-        places = places[np.argsort(record.stamps[places], kind='stable')]
+        places = np.argsort(record.stamps, kind='stable')
+        if without:
+            places = places[~np.isin(places, list(without))]
         stamps = record.stamps[places]
         newest = np.append(stamps[1:] > stamps[:-1], True)[:len(stamps)]  # of equal stamps the last to arrive
         buffer = cls(record.stream)
-        buffer.stamps, buffer.samples = array('q', stamps[newest].tobytes()), places[newest]
+        buffer.stamps, buffer.samples = memoryview(stamps[newest]), places[newest]
         return buffer
 
     def add(self, stamp: int, sample) -> None:

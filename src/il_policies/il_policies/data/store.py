@@ -219,7 +219,8 @@ def write_episode_folder(folder: str | Path, info: DatasetInfo, lowdim: dict[str
                 table[name] = pa.FixedSizeListArray.from_arrays(pa.array(spans.ravel()), 2)
                 content.update(name.encode() + digest)
             durable.sync(folder / 'images')
-        pq.write_table(pa.table(table), folder / 'lowdim.parquet')
+        # Measurements hardly repeat: dictionaries of them cost memory, and a quarter more on disk.
+        pq.write_table(pa.table(table), folder / 'lowdim.parquet', use_dictionary=False, row_group_size=1000)
         durable.sync(folder / 'lowdim.parquet')
         meta = {'task': '', 'success': None, 'source': '', **meta, 'length': T}
         content.update(json.dumps([meta['task'], meta['success']]).encode())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from il_policies.data.store import Dataset
@@ -18,6 +19,7 @@ from il_policies.sim import reach_around as task
 from il_runtime.demo.report import (
     OUTCOMES,
     RC,
+    STYLES,
     Rollouts,
     Shown,
     View,
@@ -35,6 +37,7 @@ from il_runtime.demo.report import (
     main,
     making,
     of,
+    panel,
     paths_figure,
     score,
     section,
@@ -91,15 +94,50 @@ def seen(dataset: Dataset) -> str:
     return section('What it sees', lead, f'<div class="grid six">{pictures}</div>')
 
 
-def from_above(results: dict, views: list[View], over_dds: Rollouts) -> str:
+def along(points: np.ndarray) -> np.ndarray:
+    """Where points (N, 2 or 3) [m] are on the arc of goals [cm], from its middle to the right."""
+    x, y = (points[:, :2] - task.PAN_AXIS).T
+    return -100 * np.mean(task.GOAL_RADIUS) * np.arctan2(y, x)
+
+
+def ends_figure(shown: np.ndarray, ends: np.ndarray, others: np.ndarray | None, size: tuple[float, float]) -> Figure:
+    """Ends of runs against the goals that they were shown and, hollow, against their own; all (N,) [cm] along the arc."""
+    drawing, ax = panel(size, xlabel='goal [cm right of the middle]', ylabel='end of the run [cm right of the middle]')
+    line, tolerance = np.array([-11.5, 11.5]), 100 * task.REACH_TOLERANCE
+    ax.fill_between(line, line - tolerance, line + tolerance, color='#d9efe8', linewidth=0)
+    if others is not None:
+        ax.plot(others, ends, 'o', markersize=5, markerfacecolor='none', markeredgecolor=STYLES['right'][0], alpha=0.8)
+    ax.plot(shown, ends, 'o', markersize=5, color=STYLES['reached'][0], markeredgecolor='none', alpha=0.8)
+    ax.set(xlim=line, ylim=line, xticks=[-10, -5, 0, 5, 10], yticks=[-10, -5, 0, 5, 10], aspect='equal', anchor='W')
+    return drawing
+
+
+def where_to(results: dict, own: Rollouts, shuffled: Rollouts) -> str:
+    """Ends of runs against goals."""
+    panels = ''
+    for runs, title, text in (
+            (own, 'Its own images', f'{of(results["flow"])} come to rest at their goal in time.'),
+            (shuffled, 'Images of other episodes', f'''{of(results["shuffled"], "at_shown")} end within tolerance of the goal
+             in the images. Hollow: the same ends against the goals of their own episodes, which they were not shown;
+             {of(results["shuffled"])} happen to reach them.''')):
+        ends, goals = along(np.array([path[-1] for path in runs.paths])), along(runs.arrays['goals'])
+        shown, others = (goals, None) if runs is own else (np.roll(goals, -1), goals)
+        drawing = ends_figure(shown, ends, others, (3.4, 3.7))
+        panels += figure(image(data_uri(drawing), f'{title}: ends of runs against goals'), f'<b>{title}</b><br>{text}')
+    lead = '''Each dot is a run: across, where on the arc the images show the goal; upwards, where the gripper ended. In the band
+      it is within tolerance.'''
+    return section('It goes where the images show the goal', lead, f'<div class="grid two">{panels}</div>')
+
+
+def from_above(views: list[View], over_dds: Rollouts) -> str:
     """The views from above side by side."""
     panels = ''.join(figure(top_view_image(paths, kinds, f'{title}: {subtitle}', 'wide'), f'<b>{title}</b><br>{subtitle}')
                      for title, subtitle, paths, kinds in views)
     reached = f'{over_dds.outcomes.count("reached")} of {len(over_dds.paths)} reach the goal'
     panels += figure(top_view_image(over_dds.paths, over_dds.outcomes, f'over DDS: {reached}', 'wide'),
                      f'<b>Own images, over DDS</b><br>{reached}')
-    lead = f'''Look along the arc: with its own images Flow comes to rest at the goal {of(results["flow"])} times. With those of
-      other episodes it goes where they show one: {of(results["shuffled"], "at_shown")} times it ends there, within tolerance.'''
+    lead = '''Look at the arc: with images of other episodes the paths are as good, only the goals are wrong. And look at the
+      pillar: both ways are gone, as demonstrated.'''
     key = legend(left='demonstration round the left', right='demonstration round the right', **OUTCOMES)
     return section('From above', lead, f'''{key}<div class="grid four">{panels}</div>
       <p class="soft small">Paths of the gripper’s tip; the arm’s base is below the picture, its left is on the left.</p>''')
@@ -134,7 +172,8 @@ def write(out: Path) -> Path:
         views.append((title, f'{outcomes.count("reached")} of {len(outcomes)} reach the goal', runs[name].paths, outcomes))
     with matplotlib.rc_context(RC):
         paths_figure(views, 'wide').savefig(out / 'paths.png', dpi=150)
-        body = (opening(results, shown) + seen(dataset) + from_above(results, views, runs['flow_dds'])
+        body = (opening(results, shown) + seen(dataset) + where_to(results, runs['flow'], runs['shuffled'])
+                + from_above(views, runs['flow_dds'])
                 + ensembling(shown, dataset) + timing(results['controller'], lateness) + making(results)
                 + going_on(escape('/'.join(out.resolve().parts[-2:]))))
     return write_page(out, 'Reach around, from images', body)
