@@ -15,9 +15,9 @@ from il_msgs.msg import ControllerStatus
 from rosbags.highlevel import AnyReader
 from std_srvs.srv import Trigger
 
+from il_policies.bags.reader import Bag, find_bags
+from il_policies.bags.writer import BagWriter, standard_types
 from il_policies.contract import load_contract
-from il_policies.data.bag import Bag, find_bags
-from il_policies.data.bag_writer import BagWriter, standard_types
 from il_policies.data.convert import convert
 from il_runtime.flight_recorder_node import remove_oldest
 from robot import SIM_START, Robot, stamp_of

@@ -22,8 +22,8 @@ from mcap.records import Message, Metadata
 from mcap.stream_reader import StreamReader
 from rosbags.highlevel import AnyReader
 
+from il_policies.bags.reader import Bag
 from il_policies.contract import load_contract
-from il_policies.data.bag import Bag
 from il_policies.data.store import Dataset
 from robot import SIM_START, Robot, stamp_of
 from support import ROOT, call, wait_for

@@ -12,7 +12,7 @@ from mcap.reader import SeekingReader
 
 from bags import Entry, compress, write_mcap, write_sqlite
 from damage import outcome
-from il_policies.data.bag import Bag
+from il_policies.bags.reader import Bag
 from recordings import MS, START, TYPES, header, joint_state
 
 FLIPS = 200 if float(os.environ.get('IL_SOAK_MINUTES', 2)) <= 2 else 2000

@@ -19,8 +19,8 @@ import pytest
 from mcap.writer import CompressionType
 from mcap.writer import Writer as McapWriter
 
+from il_policies.bags.reader import Bag
 from il_policies.contract import Contract, Stream
-from il_policies.data.bag import Bag
 from il_policies.data.store import Dataset
 from recordings import MS, START, TYPES, compressed, contract, header, joint_state, point, positions
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bags import Entry
-from il_policies.data.bag import Bag
+from il_policies.bags.reader import Bag
 from il_policies.data.errors import BagError
 
 SECONDS = 10

@@ -12,8 +12,8 @@ from mcap.writer import Writer as McapWriter
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin
 from rosbags.rosbag2 import Writer as RosbagsWriter
 
+from il_policies.bags.writer import BagWriter, standard_types
 from il_policies.contract import Contract, from_dict
-from il_policies.data.bag_writer import BagWriter, standard_types
 
 TYPES = standard_types()
 START = 1_700_000_000_000_000_000

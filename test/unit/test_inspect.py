@@ -16,8 +16,8 @@ import yaml
 from rich.console import Console
 
 from il_policies import cli
+from il_policies.bags.reader import find_bags
 from il_policies.data import inspect, inspect_page
-from il_policies.data.bag import find_bags
 from il_policies.data.convert import convert
 from il_policies.data.convert_bag import Options
 from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode

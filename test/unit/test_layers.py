@@ -44,8 +44,8 @@ def test_il_policies_knows_no_ros(path):
     assert touching(imports(path), ros) <= allowed
 
 
-@pytest.mark.parametrize('path', of('il_policies', 'data') + of('il_policies', 'sim') + of('il_policies', 'contract.py'),
-                         ids=lambda p: p.name)
+@pytest.mark.parametrize('path', [path for part in ('bags', 'data', 'exchange', 'sim', 'contract.py')
+                                  for path in of('il_policies', part)], ids=lambda p: p.name)
 def test_data_simulation_and_contract_know_no_torch(path):
     assert not touching(imports(path), TORCH)
 

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from il_policies import cli
-from il_policies.data import lerobot
 from il_policies.data.errors import DataError
-from il_policies.data.lerobot import ExportConfig, export_lerobot, import_lerobot
 from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode
+from il_policies.exchange import lerobot
+from il_policies.exchange.lerobot import ExportConfig, export_lerobot, import_lerobot
 from recordings import contract
 
 CONTRACT = contract()

@@ -13,9 +13,9 @@ from mcap.stream_reader import StreamReader
 
 from bags import Entry, compress, entries, write_mcap
 from damage import outcome
-from il_policies.data.bag import Bag
+from il_policies.bags.mcap_file import McapFile
+from il_policies.bags.reader import Bag
 from il_policies.data.errors import BagError
-from il_policies.data.mcap_file import McapFile
 from recordings import MS, START, recording, write_as
 
 ENTRIES = entries()

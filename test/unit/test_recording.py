@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from il_policies.data.bag import Bag
+from il_policies.bags.reader import Bag
 from il_policies.data.errors import DataError
 from il_policies.data.recording import Span, read_recording, spans_of, streams_of
 from recordings import MS, START, compressed, contract, joint_state, picture, point, positions, recording, text, write_bag

@@ -11,7 +11,7 @@ import pytest
 
 from bags import compress, entries, write_metadata, write_sqlite
 from damage import outcome
-from il_policies.data.bag import Bag
+from il_policies.bags.reader import Bag
 from il_policies.data.errors import BagError
 from recordings import MS, START, recording, write_as
 

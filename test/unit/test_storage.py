@@ -5,7 +5,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from il_policies.data.storage import LARGEST, Damaged, Raw, is_plain, merged, plain
+from il_policies.bags.storage import LARGEST, Damaged, Raw, is_plain, merged, plain
 
 
 @given(st.lists(st.lists(st.integers(0, 20), min_size=1, max_size=8).map(sorted), max_size=8))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from il_policies import checkpoint
+from il_policies.data.errors import DataError
 from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode
 from il_policies.policies import PolicyError
 from il_policies.policies.unet import UNetConfig
@@ -109,7 +110,7 @@ def judged(path, verdicts: list[tuple[str, bool | None]]) -> Dataset:
 
 def test_bad_recordings_are_refused_unless_told(tmp_path):
     data = judged(tmp_path / 'd', [('PASS', True), ('FAIL', True), ('WARN', None), ('FAIL', False)])
-    with pytest.raises(TrainError) as error:
+    with pytest.raises(DataError) as error:
         choose_episodes(data, TrainConfig())
     lines = str(error.value).splitlines()
     assert '1 of 3 episodes failed the check' in lines[0] and '--failed skip' in lines[0] and '--failed use' in lines[0]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bags import definition
+from il_policies.bags.types import type_store
 from il_policies.data.errors import BagError
-from il_policies.data.types import type_store
 from recordings import START, TYPES, joint_state
 
 JOINT_STATE = 'sensor_msgs/msg/JointState'

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from il_policies.data.errors import DataError
-from il_policies.data.video import VideoReader, VideoWriter, encode, frame_rate
+from il_policies.exchange.video import VideoReader, VideoWriter, encode, frame_rate
 
 
 def grey(value: int, size=(16, 24)) -> np.ndarray:

@@ -21,8 +21,8 @@ def convert(argv: list[str]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
+    from il_policies.bags.reader import find_bags
     from il_policies.contract import load_contract
-    from il_policies.data.bag import find_bags
     from il_policies.data.convert import ConvertCommand, convert, summary_line
 
     arguments = tyro.cli(ConvertCommand, args=argv, prog='il convert')
@@ -63,7 +63,7 @@ def import_npz(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Pat
         mapping: YAML file that says what the arrays mean, such as config/imports/pusht.yaml; without it the arrays in
             the file are listed.
     """
-    from il_policies.data.importers import import_npz, load_mapping
+    from il_policies.exchange.arrays import import_npz, load_mapping
 
     with _bar('importing') as progress:
         dataset = import_npz(source, out, load_mapping(mapping) if mapping else None, progress)
@@ -80,7 +80,7 @@ def import_zarr(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Pa
         mapping: YAML file that says what the arrays mean, such as config/imports/umi.yaml; without it the arrays in the
             file are listed.
     """
-    from il_policies.data.importers import import_zarr, load_mapping
+    from il_policies.exchange.arrays import import_zarr, load_mapping
 
     with _bar('importing') as progress:
         dataset = import_zarr(source, out, load_mapping(mapping) if mapping else None, progress)
@@ -94,7 +94,7 @@ def import_lerobot(source: Annotated[Path, tyro.conf.Positional], out: Annotated
         source: Folder of the LeRobot dataset, with meta/info.json.
         out: Dataset to make.
     """
-    from il_policies.data.lerobot import import_lerobot
+    from il_policies.exchange.lerobot import import_lerobot
 
     with _bar('importing') as progress:
         dataset, left_out = import_lerobot(source, out, progress)
@@ -119,8 +119,8 @@ def export_lerobot(dataset: Annotated[Path, tyro.conf.Positional], out: Annotate
         video_file_mb: Largest video file, unless one episode is larger [MiB].
         jobs: Threads that encode images; none: as many as there are cores.
     """
-    from il_policies.data.lerobot import ExportConfig, export_lerobot
     from il_policies.data.store import Dataset
+    from il_policies.exchange.lerobot import ExportConfig, export_lerobot
 
     source = Dataset(dataset)
     with _bar('exporting') as progress:
@@ -219,8 +219,8 @@ def inspect(source: Annotated[tuple[Path, ...], tyro.conf.Positional,
     """
     from rich.console import Console
 
+    from il_policies.bags.reader import find_bags
     from il_policies.contract import load_contract
-    from il_policies.data.bag import find_bags
     from il_policies.data.convert_bag import Options
     from il_policies.data.errors import DataError
     from il_policies.data.inspect import inspect_bags, inspect_dataset, show

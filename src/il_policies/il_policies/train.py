@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from il_policies import checkpoint
+from il_policies.data.errors import DataError
 from il_policies.data.store import Dataset
 from il_policies.data.windows import Windows
 from il_policies.policies import Policy, PolicySpec
@@ -197,7 +198,8 @@ def train(dataset: Dataset, config: TrainConfig, output: str | Path | None = Non
 def choose_episodes(dataset: Dataset, config: TrainConfig) -> list[int]:
     """Places in `dataset.episodes` to train on, after `where`, `unsuccessful`, `failed` and `max_episodes`.
 
-    Raises TrainError if none is left, or if episodes failed the check of their quality and nobody said what to do with them.
+    Raises TrainError if none is left, DataError if episodes failed the check of their quality and nobody said what to do with
+    them.
     """
     places = list(range(len(dataset)))
     for pair in config.where:
@@ -220,9 +222,9 @@ def choose_episodes(dataset: Dataset, config: TrainConfig) -> list[int]:
             named = '\n'.join(f'  episode {dataset.episodes[i]["index"]} ({dataset.episodes[i]["source"] or "no source"}): '
                               + '; '.join(line for line in reports[i].get('reasons', []) if line.startswith('FAIL'))
                               for i in failed[:10])
-            raise TrainError(f'{dataset.path}: {len(failed)} of {len(places)} episodes failed the check of their quality; '
-                             f'leave them out (--failed skip) or use them (--failed use):\n{named}'
-                             + (f'\n  and {len(failed) - 10} more' if len(failed) > 10 else ''))
+            raise DataError(f'{dataset.path}: {len(failed)} of {len(places)} episodes failed the check of their quality; '
+                            f'leave them out (--failed skip) or use them (--failed use):\n{named}'
+                            + (f'\n  and {len(failed) - 10} more' if len(failed) > 10 else ''), 'E304')
         places = [i for i in places if i not in failed]
     if not places:
         raise TrainError(f'{dataset.path}: ' + (f'none of {considered} episodes is left: all are labelled as not achieved '

@@ -22,9 +22,9 @@ from rclpy.serialization import deserialize_message
 from rclpy.task import Future
 from std_srvs.srv import Trigger
 
+from il_policies.bags.reader import Bag
+from il_policies.bags.writer import BagWriter
 from il_policies.contract import load_contract
-from il_policies.data.bag import Bag
-from il_policies.data.bag_writer import BagWriter
 from il_policies.data.errors import BagError
 from il_runtime.ring import Message, Ring
 from il_runtime.ros import Worker, be_nice, declare, run

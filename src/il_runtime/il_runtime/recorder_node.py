@@ -20,8 +20,8 @@ from rclpy.qos import QoSProfile
 from rclpy.task import Future
 from std_msgs.msg import String
 
+from il_policies.bags.writer import BagWriter
 from il_policies.contract import load_contract
-from il_policies.data.bag_writer import BagWriter
 from il_policies.data.errors import BagError
 from il_runtime.ring import Message
 from il_runtime.ros import Terminal, be_nice, declare, run

@@ -19,8 +19,8 @@ from rclpy.qos import DurabilityPolicy, QoSCompatibility, QoSProfile, Reliabilit
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import JointState
 
+from il_policies.bags.writer import CONTRACT, add_definitions, cut_short, standard_types
 from il_policies.contract import Contract
-from il_policies.data.bag_writer import CONTRACT, add_definitions, cut_short, standard_types
 from il_policies.data.errors import BagError
 from il_runtime.outputs import OUTPUT_TYPES
 from il_runtime.ring import Message, Meter

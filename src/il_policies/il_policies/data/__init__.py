@@ -1,1 +1,1 @@
-"""From recordings to training windows: decoding, alignment, bags, the episode store. No ROS and no torch."""
+"""From recordings to training windows: decoding, alignment, quality, the episode store. No ROS and no torch."""

@@ -21,13 +21,13 @@ from typing import Annotated
 
 import tyro
 
+from il_policies.bags.reader import Bag, find_bags
 from il_policies.contract import Contract, ContractError, from_dict
-from il_policies.data.bag import Bag, find_bags
 from il_policies.data.convert_bag import Job, Options, convert_bag
 from il_policies.data.errors import BagError, DataError
-from il_policies.data.parallel import WorkerDied, run
 from il_policies.data.quality import VERDICTS
 from il_policies.data.store import ActionInfo, DatasetInfo, Feature, create, place_episode, remove_episode
+from il_policies.parallel import WorkerDied, run
 
 VERSION = 1
 """Raised when the same bag gives another episode than before: those made before are then made anew."""

@@ -17,14 +17,14 @@ import numpy as np
 import tyro
 
 from il_policies import durable
+from il_policies.bags.reader import Bag
+from il_policies.bags.storage import Raw
 from il_policies.contract import Contract
 from il_policies.data.align import Rows, align_recording
-from il_policies.data.bag import Bag
 from il_policies.data.decode import encode_frame
 from il_policies.data.errors import BagError, DataError
 from il_policies.data.quality import assess
 from il_policies.data.recording import Recording, read_recording
-from il_policies.data.storage import Raw
 from il_policies.data.store import DatasetInfo, write_episode_folder
 
 

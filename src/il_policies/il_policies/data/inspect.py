@@ -13,18 +13,18 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from il_policies.bags.reader import Bag
 from il_policies.contract import Contract, ContractError, from_dict
 from il_policies.data import quality
 from il_policies.data.align import SECOND, Rows, align_recording
-from il_policies.data.bag import Bag
 from il_policies.data.convert import WORK_PER_PROCESS
 from il_policies.data.convert_bag import Options
 from il_policies.data.decode import decode
 from il_policies.data.errors import BagError, DataError
-from il_policies.data.parallel import WorkerDied, run
 from il_policies.data.quality import FAIL, PASS, VERDICTS, WARN, duration
 from il_policies.data.recording import Recording, read_recording
 from il_policies.data.store import Dataset
+from il_policies.parallel import WorkerDied, run
 
 THUMBNAIL = 160
 """Height of the images that are shown [px]."""

@@ -21,8 +21,8 @@ from il_policies.data.decode import decode, stamp_of
 from il_policies.data.errors import DataError
 
 if TYPE_CHECKING:  # the live side aligns, too, and reads no bags
-    from il_policies.data.bag import Bag
-    from il_policies.data.storage import Raw
+    from il_policies.bags.reader import Bag
+    from il_policies.bags.storage import Raw
 
 SECOND = 1_000_000_000
 BATCH, BATCH_SIZE = 64, 2**20

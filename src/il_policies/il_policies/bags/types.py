@@ -11,7 +11,7 @@ from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_
 from rosbags.typesys.base import TypesysError
 from rosbags.typesys.store import Typestore
 
-from il_policies.data.bag_writer import add_definitions
+from il_policies.bags.writer import add_definitions
 from il_policies.data.errors import BagError
 
 IDL_FILE = re.compile(r'^={80}\nIDL: .*\n', re.MULTILINE)

@@ -13,8 +13,8 @@ from numcodecs import Blosc, Zstd
 from il_policies import cli
 from il_policies.contract import ContractError, from_dict
 from il_policies.data.errors import DataError
-from il_policies.data.importers import ImportMapping, import_npz, import_zarr, load_mapping
 from il_policies.data.store import Dataset
+from il_policies.exchange.arrays import ImportMapping, import_npz, import_zarr, load_mapping
 
 ZARR_3 = not zarr.__version__.startswith('2.')
 MAPPING = {

@@ -24,8 +24,8 @@ from mcap.exceptions import McapError
 from mcap.opcode import Opcode
 from mcap.records import Channel, ChunkIndex, Footer, MessageIndex, Metadata, MetadataIndex, Schema, Statistics
 
+from il_policies.bags.storage import LARGEST, STAMPS, Damaged, Raw, Topic, is_plain, merged, plain
 from il_policies.data.errors import BagError
-from il_policies.data.storage import LARGEST, STAMPS, Damaged, Raw, Topic, is_plain, merged, plain
 
 MAGIC = b'\x89MCAP0\r\n'
 RUN = 256 << 10

@@ -21,7 +21,7 @@ from mcap.records import Message, Metadata
 from mcap.stream_reader import StreamReader
 from rosbags.highlevel import AnyReader
 
-from il_policies.data.bag_writer import ABOUT, CHUNK_SIZE, RESERVE, BagWriter, cut_short
+from il_policies.bags.writer import ABOUT, CHUNK_SIZE, RESERVE, BagWriter, cut_short
 from il_policies.data.errors import BagError
 from recordings import START, TYPES, joint_state
 
@@ -86,7 +86,7 @@ def test_killed_at_any_moment_it_leaves_all_that_was_flushed(tmp_path):
     script = textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(os.path.dirname(__file__))!r})
-        from test_bag_writer import CDR, START, opened
+        from test_writer import CDR, START, opened
         writer, i = opened(sys.argv[1]), 0
         while True:
             for _ in range(100):

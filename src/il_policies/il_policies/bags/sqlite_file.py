@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from il_policies.data.storage import STAMPS, Damaged, Raw, Topic, plain
+from il_policies.bags.storage import STAMPS, Damaged, Raw, Topic, plain
 
 MAGIC = b'SQLite format 3\0'
 FAILURES = (sqlite3.Error, UnicodeDecodeError)

@@ -18,13 +18,13 @@ import zstandard
 from rosbags.serde import SerdeError
 from rosbags.typesys.store import Typestore
 
-from il_policies.data import mcap_file, sqlite_file
-from il_policies.data.bag_writer import ABOUT, CONTRACT
+from il_policies.bags import mcap_file, sqlite_file
+from il_policies.bags.mcap_file import McapFile
+from il_policies.bags.sqlite_file import SqliteFile
+from il_policies.bags.storage import ZSTD_MAGIC, Damaged, Raw, Topic, merged
+from il_policies.bags.types import type_store
+from il_policies.bags.writer import ABOUT, CONTRACT
 from il_policies.data.errors import BagError
-from il_policies.data.mcap_file import McapFile
-from il_policies.data.sqlite_file import SqliteFile
-from il_policies.data.storage import ZSTD_MAGIC, Damaged, Raw, Topic, merged
-from il_policies.data.types import type_store
 
 RECORDING = re.compile(r'(.+)\.(mcap|db3)(\.zstd)?')
 """Names of the files of bags."""

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from bags import Entry, compress, definition, entries, write_mcap, write_metadata, write_splits, write_sqlite
-from il_policies.data.bag import Bag, find_bags
-from il_policies.data.bag_writer import ABOUT, BagWriter
+from il_policies.bags.reader import Bag, find_bags
+from il_policies.bags.writer import ABOUT, BagWriter
 from il_policies.data.errors import BagError
 from recordings import CONTAINERS, MS, START, TYPES, joint_state, recording, write_as, write_bag
 
@@ -311,7 +311,7 @@ def test_fingerprint(tmp_path):
 
 MEMORY = """
 import sys
-from il_policies.data.bag import Bag
+from il_policies.bags.reader import Bag
 
 def peak():
     return int(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))

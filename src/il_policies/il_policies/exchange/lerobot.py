@@ -33,9 +33,9 @@ from il_policies import durable
 from il_policies.contract import ContractError, from_dict
 from il_policies.data.decode import jpeg_size
 from il_policies.data.errors import DataError
-from il_policies.data.importers import encode_jpeg, require_new
 from il_policies.data.store import RESERVED, ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode
-from il_policies.data.video import VideoReader, VideoWriter, encode, frame_rate
+from il_policies.exchange.arrays import encode_jpeg, require_new
+from il_policies.exchange.video import VideoReader, VideoWriter, encode, frame_rate
 
 VERSION = 'v3.0'
 FILES_PER_CHUNK = 1000

@@ -1,0 +1,1 @@
+"""rosbag2 bags, read and written without ROS."""
