@@ -299,11 +299,11 @@ def test_umi(tmp_path, root):
 
 def test_the_command(tmp_path, root, capsys):
     write_replay(tmp_path / 'a.zarr')
-    cli.main(['import', 'zarr', str(tmp_path / 'a.zarr'), str(tmp_path / 'out'), '--mapping',
+    cli.main(['import', 'zarr', str(tmp_path / 'a.zarr'), '--out', str(tmp_path / 'out'), '--mapping',
               str(root / 'config/imports/pusht_image.yaml')])
     assert capsys.readouterr().out == f'{tmp_path}/out: 2 episodes, 11 rows at 10 Hz, features image, agent\n'
     with pytest.raises(SystemExit) as end:
-        cli.main(['import', 'zarr', str(tmp_path / 'a.zarr'), str(tmp_path / 'other')])
+        cli.main(['import', 'zarr', str(tmp_path / 'a.zarr'), '--out', str(tmp_path / 'other')])
     assert end.value.code == 2 and '  img: uint8, shape (11, 10, 14, 3)' in capsys.readouterr().err
 
 

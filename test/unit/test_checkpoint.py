@@ -93,6 +93,21 @@ def test_other_folders_are_not_overwritten(tmp_path):
     assert (tmp_path / 'notes' / 'thesis.txt').exists()
 
 
+def test_killed_between_two_renames_the_older_one_is_still_there(tmp_path):
+    checkpoint.save(tmp_path / 'p', make_flow(), EXTRA)
+    (tmp_path / 'p').rename(tmp_path / '.p.old')
+    assert checkpoint.load(tmp_path / 'p').extra == EXTRA
+    (tmp_path / 'p').rename(tmp_path / '.p.old')
+    assert checkpoint.require_writable(tmp_path / 'p') == tmp_path / 'p' and checkpoint.load(tmp_path / 'p').extra == EXTRA
+
+
+@pytest.mark.parametrize('place', ['/proc/none/p', 'file', 'file/p'])
+def test_an_unusable_place_is_known_before_training(tmp_path, place):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(CheckpointError, match=place):
+        checkpoint.require_writable(tmp_path / place)
+
+
 def test_killed_while_saving_it_leaves_whole_checkpoints_only(tmp_path):
     program = ('import itertools\nfrom test_flow import make_flow\nfrom il_policies import checkpoint\n'
                'policy = make_flow()\n'

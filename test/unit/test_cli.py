@@ -56,10 +56,10 @@ def test_help_of_train_shows_units_and_the_presets_defaults(il, root):
 
 def test_wrong_input_is_one_line_and_2(il, dataset, tmp_path):
     (tmp_path / 'wrong.yaml').write_text('polcy: flow')
-    out, train = tmp_path / 'out', ('train', dataset, '--output', tmp_path / 'out')
+    out, train = tmp_path / 'out', ('train', dataset, '--out', tmp_path / 'out')
     for arguments, message in (
             (('dance',), "no command 'dance'; valid: convert"),
-            (('train', tmp_path, '--output', out, '--steps', 1), 'no dataset here'),
+            (('train', tmp_path, '--out', out, '--steps', 1), 'no dataset here'),
             (train, 'no budget: give steps or minutes'),
             ((*train, '--preset', tmp_path / 'absent.yaml'), 'no such file; beside it: wrong.yaml'),
             ((*train, '--preset', tmp_path / 'wrong.yaml'), 'polcy is not a known key'),
@@ -67,7 +67,7 @@ def test_wrong_input_is_one_line_and_2(il, dataset, tmp_path):
             ((*train, '--steps', 1, '--observations', 'wrist'), 'wrist'),
             ((*train, '--steps', 1, '--horizon', 18), 'horizon is 18.*such as 20'),
             (('evaluate', tmp_path, '--task', 'pusht'), 'no readable checkpoint'),
-            (('import', 'npz', tmp_path / 'x.npz', out), 'no such file'),
+            (('import', 'npz', tmp_path / 'x.npz', '--out', out), 'no such file'),
             (('convert', tmp_path, '--out', out, '--contract', tmp_path / 'absent.yaml'), 'no such file')):
         code, _, err = il(*arguments)
         assert code == 2 and len(err.strip().splitlines()) == 1 and err.startswith('il: '), err
@@ -77,13 +77,13 @@ def test_wrong_input_is_one_line_and_2(il, dataset, tmp_path):
 
 def test_wrong_arguments_are_explained(il, dataset):
     code, _, err = il('train', dataset)
-    assert code == 2 and '--output' in err
-    code, _, err = il('train', dataset, '--output', 'p', '--steps', -1)
+    assert code == 2 and '--out' in err
+    code, _, err = il('train', dataset, '--out', 'p', '--steps', -1)
     assert code == 2 and 'steps is -1, must be > 0' in err
 
 
 def test_train_makes_a_checkpoint(il, dataset, tmp_path):
-    code, out, _ = il('train', dataset, '--output', tmp_path / 'p', '--policy', 'bc', '--steps', 10, '--unet.down-dims', 16,
+    code, out, _ = il('train', dataset, '--out', tmp_path / 'p', '--policy', 'bc', '--steps', 10, '--unet.down-dims', 16,
                       32, '--threads', 1, '--where', 'side=left')
     assert code == 0 and '10 steps' in out and '4 of 8 episodes' in out
     description = json.loads((tmp_path / 'p' / 'policy.json').read_text())
@@ -97,17 +97,17 @@ def test_import_npz(il, tmp_path, root):
     np.savez(tmp_path / 'demo.npz', state=np.random.rand(rows, 5), keypoint=np.random.rand(rows, 9, 2),
              action=np.random.rand(rows, 2), episode_ends=np.array([8, rows]))
     mapping = root / 'config/imports/pusht.yaml'
-    code, out, _ = il('import', 'npz', tmp_path / 'demo.npz', tmp_path / 'out', '--mapping', mapping)
+    code, out, _ = il('import', 'npz', tmp_path / 'demo.npz', '--out', tmp_path / 'out', '--mapping', mapping)
     assert code == 0 and '2 episodes, 20 rows at 10 Hz' in out
 
 
 def test_as_a_process(dataset, tmp_path):
     """Exit codes reach the shell; Ctrl-C is one line and 130, and leaves nothing."""
     output = str(tmp_path / 'p')
-    result = subprocess.run([*MODULE, 'train', str(tmp_path), '--output', output, '--steps', '1'], capture_output=True,
+    result = subprocess.run([*MODULE, 'train', str(tmp_path), '--out', output, '--steps', '1'], capture_output=True,
                             text=True)
     assert result.returncode == 2 and result.stderr.strip().endswith('no dataset here (dataset.json is absent)')
-    process = subprocess.Popen([*MODULE, 'train', str(dataset), '--output', output, '--minutes', '0.2', '--threads',
+    process = subprocess.Popen([*MODULE, 'train', str(dataset), '--out', output, '--minutes', '0.2', '--threads',
                                 '1', '--unet.down-dims', '16', '32'], stderr=subprocess.PIPE, text=True,
                                # A shell's background job inherits Ctrl-C ignored.
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

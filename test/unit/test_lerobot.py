@@ -613,7 +613,7 @@ def test_the_commands(dataset, tmp_path, capsys):
             code = end.code
         return code, *capsys.readouterr()
 
-    code, out, err = il('export', 'lerobot', dataset.path, tmp_path / 'out', '--images', 'jpeg', '--state', 'joints')
+    code, out, err = il('export', 'lerobot', dataset.path, '--out', tmp_path / 'out', '--images', 'jpeg', '--state', 'joints')
     assert code == 0 and out.splitlines() == [
         f'{tmp_path}/out: LeRobot v3.0, 4 episodes, 29 frames at 30 Hz, 2 tasks',
         '  observation.state            2 float32',
@@ -623,14 +623,14 @@ def test_the_commands(dataset, tmp_path, capsys):
         '  observation.depth.range      6×8×1 image',
         '  action                       2 float32']
     assert err == 'il: 1 of 4 episodes are labelled a failure, for which LeRobot has no place; il split takes them out\n'
-    code, out, err = il('import', 'lerobot', tmp_path / 'out', tmp_path / 'back')
+    code, out, err = il('import', 'lerobot', tmp_path / 'out', '--out', tmp_path / 'back')
     assert (code, err) == (0, '') and Dataset(tmp_path / 'back').hash == dataset.hash
     assert out == f'{tmp_path}/back: 4 episodes, 29 rows at 30 Hz, features joints, gripper, front, wrist, range\n'
     write_foreign(tmp_path / 'them')
-    code, out, err = il('import', 'lerobot', tmp_path / 'them', tmp_path / 'us')
+    code, out, err = il('import', 'lerobot', tmp_path / 'them', '--out', tmp_path / 'us')
     assert code == 0 and out.splitlines()[1] == 'left out, being neither observation nor action: observation.map, next.reward'
-    for arguments, words in ((('export', 'lerobot', dataset.path, tmp_path / 'out'), 'E301 .*out: exists already'),
-                             (('export', 'lerobot', tmp_path, tmp_path / 'new'), 'E302 .*no dataset here'),
-                             (('import', 'lerobot', dataset.path, tmp_path / 'new'), 'E403 .*no LeRobot dataset here')):
+    for arguments, words in ((('export', 'lerobot', dataset.path, '--out', tmp_path / 'out'), 'E301 .*out: exists already'),
+                             (('export', 'lerobot', tmp_path, '--out', tmp_path / 'new'), 'E302 .*no dataset here'),
+                             (('import', 'lerobot', dataset.path, '--out', tmp_path / 'new'), 'E403 .*no LeRobot dataset here')):
         code, out, err = il(*arguments)
         assert code == 2 and out == '' and len(err.splitlines()) == 1 and re.search(words, err)

@@ -5,6 +5,7 @@ weights, and `hash`, the first 16 hex digits of the SHA-256 of all that: what `A
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -32,15 +33,37 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message says which file and why."""
 
 
+def require_writable(path: str | Path) -> Path:
+    """The absolute path, if a checkpoint can be written there: asked before training, not after it. Raises CheckpointError."""
+    path = Path(path).absolute()
+    _recover(path)
+    if path.exists() and not (path / DESCRIPTION).exists():
+        raise CheckpointError(f'{path}: exists and is no checkpoint; give another folder')
+    temporary = path.with_name(f'.{path.name}.new')
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        temporary.rmdir()
+    except OSError as error:
+        raise CheckpointError(f'{path}: cannot be written: {error.strerror}') from None
+    return path
+
+
+def _recover(path: Path) -> None:
+    """Whoever was killed between the two renames of `save` left the older checkpoint under another name."""
+    replaced = path.with_name(f'.{path.name}.old')
+    if not path.exists() and (replaced / DESCRIPTION).exists():
+        with contextlib.suppress(OSError):
+            os.rename(replaced, path)
+
+
 def save(path: str | Path, policy: Policy, extra: dict) -> None:
     """Write a checkpoint folder, replacing an older checkpoint there; sets `policy.extra` and `policy.hash`.
 
     Written to a temporary folder beside it, synced and renamed: killed at any time, it leaves no half-written
     checkpoint. extra: JSON types. Raises CheckpointError if something else is at `path` or it cannot be written.
     """
-    path = Path(path).absolute()
-    if path.exists() and not (path / DESCRIPTION).exists():
-        raise CheckpointError(f'{path}: exists and is no checkpoint; give another folder')
+    path = require_writable(path)
     weights = save_tensors({name: value.contiguous() for name, value in policy.state_dict().items()})
     description = {
         'format': FORMAT,
@@ -76,6 +99,7 @@ def save(path: str | Path, policy: Policy, extra: dict) -> None:
 def load(path: str | Path) -> Policy:
     """The policy of a checkpoint folder, in evaluation mode, with `extra` and `hash` set. Raises CheckpointError."""
     path = Path(path)
+    _recover(path.absolute())
     try:
         text = (path / DESCRIPTION).read_text()
         weights = (path / WEIGHTS).read_bytes()

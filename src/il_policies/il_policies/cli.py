@@ -1,7 +1,7 @@
-"""The `il` command: convert, train, evaluate, import npz.
+"""The `il` command: recordings and other people's data → datasets → checkpoints → scores.
 
-Each command imports what it needs when it runs, so that `il --help` is quick. Errors are one line on stderr and exit
-code 2.
+Each command imports what it needs when it runs, so that `il --help` is quick. Exit code 0: done; 1: done in part, the rest
+named on stderr; 2: nothing done, one line on stderr says why.
 """
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def convert(argv: list[str]) -> None:
         raise SystemExit(2 if len(refused) == len(reports) else 1)
 
 
-def import_npz(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional],
+def import_npz(source: Annotated[Path, tyro.conf.Positional], out: Path,
                mapping: Path | None = None) -> None:
     """Turn the arrays of an .npz file into a dataset.
 
@@ -70,7 +70,7 @@ def import_npz(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Pat
     _describe(dataset)
 
 
-def import_zarr(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional],
+def import_zarr(source: Annotated[Path, tyro.conf.Positional], out: Path,
                 mapping: Path | None = None) -> None:
     """Turn a zarr replay buffer of Diffusion Policy or UMI into a dataset.
 
@@ -87,7 +87,7 @@ def import_zarr(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Pa
     _describe(dataset)
 
 
-def import_lerobot(source: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional]) -> None:
+def import_lerobot(source: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
     """Turn a LeRobot dataset of version 3.0 into a dataset; what il export lerobot wrote becomes what it was.
 
     Args:
@@ -103,7 +103,7 @@ def import_lerobot(source: Annotated[Path, tyro.conf.Positional], out: Annotated
         print(f'left out, being neither observation nor action: {", ".join(left_out)}')
 
 
-def export_lerobot(dataset: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional],
+def export_lerobot(dataset: Annotated[Path, tyro.conf.Positional], out: Path,
                    images: Literal['h264', 'av1', 'jpeg'] = 'h264', crf: int | None = None,
                    state: tuple[str, ...] | None = None, data_file_mb: int = 100, video_file_mb: int = 200,
                    jobs: int | None = None) -> None:
@@ -261,15 +261,15 @@ def train(argv: list[str]) -> None:
                              default=TrainCommand(tyro.MISSING, tyro.MISSING, config, Path(preset) if preset else None))
     except ValueError as error:  # a number that is out of range
         raise TrainError(str(error)) from None
-    policy = train(Dataset(arguments.dataset), arguments.config, arguments.output)
+    policy = train(Dataset(arguments.dataset), arguments.config, arguments.out)
     facts = policy.extra['training']
-    print(f'{arguments.output}: {policy.kind} {policy.hash}, {facts["parameters"]} parameters, {facts["steps"]} steps '
+    print(f'{arguments.out}: {policy.kind} {policy.hash}, {facts["parameters"]} parameters, {facts["steps"]} steps '
           f'in {facts["seconds"]:.0f} s on {facts["episodes"]} of {facts["of_episodes"]} episodes, loss {facts["loss"]:.4f}')
 
 
 def evaluate(checkpoint: Annotated[Path, tyro.conf.Positional], task: str, episodes: int | None = None,
              seed: int | None = None, stride: int | None = None, shuffled: bool = False, threads: int = 1,
-             output: Path | None = None) -> None:
+             out: Path | None = None) -> None:
     """Run a checkpoint in closed loop in a simulated task, without ROS, and print the score.
 
     Args:
@@ -280,7 +280,7 @@ def evaluate(checkpoint: Annotated[Path, tyro.conf.Positional], task: str, episo
         stride: Steps of each chunk that are executed before the next one is planned; none: the task's own.
         shuffled: Show a policy the camera images of other episodes: what it then achieves is chance.
         threads: CPU threads.
-        output: JSON file for the full result.
+        out: JSON file for the full result.
     """
     import torch
 
@@ -290,9 +290,9 @@ def evaluate(checkpoint: Annotated[Path, tyro.conf.Positional], task: str, episo
     torch.set_num_threads(threads)
     given = {'episodes': episodes, 'seed': seed, 'stride': stride, 'shuffled': shuffled or None}
     result = evaluate(load(checkpoint), task, progress=_percent, **{k: v for k, v in given.items() if v is not None})
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1))
     print('\n'.join(f'{key}: {value:.3f}' if isinstance(value, float) else f'{key}: {value}'
                     for key, value in result.items() if not isinstance(value, (list, dict))))
 

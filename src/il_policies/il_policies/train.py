@@ -113,7 +113,7 @@ class TrainCommand:
 
     dataset: tyro.conf.Positional[Path]
     """Dataset to learn from."""
-    output: Path
+    out: Path
     """Checkpoint folder to write; an older checkpoint there is replaced."""
     config: Annotated[TrainConfig, tyro.conf.arg(name='')]
     """Everything else."""
@@ -130,6 +130,8 @@ def train(dataset: Dataset, config: TrainConfig, output: str | Path | None = Non
     """
     if config.steps is None and config.minutes is None:
         raise TrainError('no budget: give steps or minutes')
+    if output is not None:
+        output = checkpoint.require_writable(output)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)

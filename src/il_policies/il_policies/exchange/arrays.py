@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from il_policies import durable
 from il_policies.contract import from_dict, load_yaml
-from il_policies.data.decode import JPEG_QUALITY
+from il_policies.data.decode import encode_jpeg
 from il_policies.data.errors import DataError
-from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode
+from il_policies.data.quality import assess_rows
+from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, require_new, write_episode
 
 STRICT = {'extra': 'forbid'}
 
@@ -162,19 +162,6 @@ def import_zarr(source: str | Path, out: str | Path, mapping: ImportMapping | No
     return _import(source, arrays, out, mapping, progress)
 
 
-def require_new(out: str | Path) -> Path:
-    """The path, if nothing is there but an empty folder. Raises DataError."""
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f'{out}: exists already; remove it or give another folder', 'E301')
-    return out
-
-
-def encode_jpeg(image: np.ndarray) -> bytes:
-    """An image (h, w, 3) uint8 RGB as JPEG file, of the quality in which bags are converted."""
-    return cv2.imencode('.jpg', cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
-
-
 def _import(source: Path, arrays: dict, out: str | Path, mapping: ImportMapping | None,
             progress: Callable[[float], None] | None) -> Dataset:
     """The dataset of arrays of numpy or zarr, name → array."""
@@ -214,11 +201,12 @@ def _import(source: Path, arrays: dict, out: str | Path, mapping: ImportMapping 
         for index, (begin, end) in enumerate(zip(begins.tolist(), (begins + lengths - later).tolist())):
             T = end - begin
             stamps = np.round(np.arange(T) * (1e9 / mapping.fps)).astype(np.int64)
-            write_episode(temporary, index, {name: values[begin:end] for name, values in lowdim.items()},
-                          action[begin + later:end + later], stamps, np.zeros(T, bool),
+            rows = {name: values[begin:end] for name, values in lowdim.items()}
+            table = {'stamp': stamps, 'filled': np.zeros(T, bool), 'action': action[begin + later:end + later]}
+            write_episode(temporary, index, rows, table['action'], stamps, table['filled'],
                           {name: _jpegs(values, begin, end, f'{where}: {mapping.observations[name].array}')
                            for name, values in images.items()},
-                          {'task': mapping.task, 'source': f'{source.name}[{begin}:{end}]'}, {})
+                          {'task': mapping.task, 'source': f'{source.name}[{begin}:{end}]'}, assess_rows(info, table | rows))
             if progress:
                 progress(end / N)
     return Dataset(out)

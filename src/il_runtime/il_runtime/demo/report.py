@@ -547,7 +547,7 @@ def going_on(name: str) -> str:
         ('make demo FRESH=1', 'everything from the start'),
         ('. ./env.sh', 'the environment for what follows'),
         (f'il evaluate {name}/checkpoints/flow --task reach_around --episodes 200', 'more starts, in lock-step'),
-        (f'il train {name}/dataset --output my_policy --preset config/policies/flow.yaml --steps 5000',
+        (f'il train {name}/dataset --out my_policy --preset config/policies/flow.yaml --steps 5000',
          'a policy of your own'),
         ('il convert BAGS --contract config/robots/ROBOT.yaml --out DATASET', 'recordings of your own arm: see README.md'))
     return commands(name, steps)

@@ -151,7 +151,7 @@ def going_on(name: str) -> str:
         ('. ./env.sh', 'the environment for what follows'),
         (f'il evaluate {name}/checkpoints/flow --task reach_around_wide --episodes 100', 'more starts, in lock-step'),
         (f'il evaluate {name}/checkpoints/flow --task reach_around_wide --shuffled', 'with images of other episodes'),
-        (f'il train {name}/dataset --output my_policy --preset config/policies/flow_images.yaml --steps 8000',
+        (f'il train {name}/dataset --out my_policy --preset config/policies/flow_images.yaml --steps 8000',
          'a policy of your own')))
 
 

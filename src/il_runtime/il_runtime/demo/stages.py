@@ -124,7 +124,7 @@ def train(out: Path, jobs: dict[str, list[str | Path]], at_once: int = 1) -> dic
             while queue and len(running) < at_once:
                 name = queue.pop(0)
                 running[name] = processes.start(f'train_{name}', [
-                    sys.executable, '-m', 'il_policies.cli', 'train', str(out / 'dataset'), '--output', str(checkpoints[name]),
+                    sys.executable, '-m', 'il_policies.cli', 'train', str(out / 'dataset'), '--out', str(checkpoints[name]),
                     *map(str, jobs[name])])
             for name, process in list(running.items()):
                 if process.poll() is not None:
