@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -155,6 +156,68 @@ def test_simulated_time_four_times_as_fast(nodes, node, robot, tmp_path):
     assert span > 2.5 * wall, 'ran faster than real time'
 
 
+SHIFTED_CLOCK = r'''
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int result = syscall(SYS_clock_gettime, clock, now);
+    if (clock == CLOCK_REALTIME) {
+        now->tv_nsec += atol(getenv("SHIFT_MS")) % 1000 * 1000000;
+        now->tv_sec += atol(getenv("SHIFT_MS")) / 1000 + (now->tv_nsec >= 1000000000);
+        now->tv_nsec %= 1000000000;
+    }
+    return result;
+}
+'''
+PUBLISHER = '''
+import importlib, sys, time, rclpy
+topic, module, kind = sys.argv[1:]
+rclpy.init()
+node = rclpy.create_node('shifted_' + kind.lower())
+kind = getattr(importlib.import_module(module), kind)
+publisher = node.create_publisher(kind, topic, 10)
+begin, k = time.monotonic(), 0
+while True:  # a timer would wait by the shifted clock
+    message = kind()
+    message.header.stamp = node.get_clock().now().to_msg()
+    publisher.publish(message)
+    k += 1
+    time.sleep(max(begin + 0.1 * k - time.monotonic(), 0.0))
+'''
+
+
+def test_hosts_whose_clocks_differ(nodes, node, robot, tmp_path):
+    """A camera 3 s behind and a goal 0.6 s ahead, by the clock that their processes see."""
+    (tmp_path / 'clock.c').write_text(SHIFTED_CLOCK)
+    if not shutil.which('cc'):
+        pytest.skip('no C compiler here')
+    subprocess.run(['cc', '-shared', '-fPIC', '-o', tmp_path / 'clock.so', tmp_path / 'clock.c'], check=True)
+    shifts = {'/camera/image/compressed': ('sensor_msgs.msg', 'CompressedImage', -3000),
+              '/goal': ('geometry_msgs.msg', 'PointStamped', 600)}
+    robot().silent = set(shifts)
+    for topic, (module, kind, shift) in shifts.items():
+        nodes.processes[topic] = subprocess.Popen(
+            [sys.executable, '-c', PUBLISHER, topic, module, kind],
+            env={**os.environ, 'LD_PRELOAD': str(tmp_path / 'clock.so'), 'SHIFT_MS': str(shift)})
+    nodes.start('recorder_node', contract=CONTRACT, output=tmp_path / 'bags')
+    path, begun = started(node).path, time.time_ns()
+    time.sleep(2.0)
+    ended = time.time_ns()
+    assert stop(node).success
+    for topic, (_, _, shift) in shifts.items():
+        found = list(Bag(path).messages([topic]))
+        delays = np.array([message.receive_ns - message.publish_ns for message in found])
+        assert abs(np.median(delays) * 1e-6 + shift) < 20.0, 'the shifted clock is the one by which the middleware stamps'
+        sent = np.array([stamp_of(message) - shift * 10**6 for *_, message in found])
+        received = np.array([message.receive_ns for message in found])
+        assert abs(sent[0] - begun) < 3e8 and abs(sent[-1] - ended) < 3e8, f'{topic}: another span'
+        assert np.all(np.abs(np.diff(sent) - 1e8) < 5e7), f'{topic}: nothing lost'
+        assert np.median(np.abs(received - sent)) < 2e7, 'the clock was shifted'
+
+
 def test_refusals(nodes, node, robot, tmp_path):
     from geometry_msgs.msg import PointStamped, PoseStamped
     contract = yaml.safe_load(CONTRACT.read_text())
@@ -187,6 +250,7 @@ def test_refusals(nodes, node, robot, tmp_path):
     robot.every['/goal'] = 20
     started(node, 'first')
     assert start(node, 'second').message == 'first is being recorded; stop it first'
+    time.sleep(0.5)
     assert re.fullmatch(r'success: \d+ messages, /command: no command was recorded', stop(node).message)
     assert 'exists already' in start(node, 'first').message
     for name in ('../up', 'a/b', 'x.part'):
@@ -204,6 +268,7 @@ def test_a_stream_that_falters_is_named_and_noted(nodes, node, robot, tmp_path):
     robot = robot()
     nodes.start('recorder_node', contract=CONTRACT, output=tmp_path / 'bags')
     path = tmp_path / 'bags' / started(node).path
+    time.sleep(0.5)
     robot.silent = {'/goal'}
     words = r'episode_000000: /goal: \d(\.\d+)? Hz, declared 10 Hz, after \d'
     wait_for(lambda: re.search(words, nodes.log('recorder_node')), what='a warning')

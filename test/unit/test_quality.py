@@ -219,6 +219,23 @@ def test_a_clock_that_is_ahead():
     only(judge({'wrist': replace(wrist, received=wrist.stamps - 15 * MS)}), 'WARN', 'wrist: stamps are 15 ms ahead')
 
 
+@pytest.mark.parametrize('name', ['action', 'joints', 'wrist'])
+def test_stamps_so_far_ahead_that_labels_are_of_other_rows(name):
+    """Rows are 0.1 s apart."""
+    record = clean()[name]
+    for ahead, verdict, words in ((90, 'WARN', '90 ms'), (110, 'FAIL', '0.11 s'), (900, 'FAIL', '0.90 s')):
+        report = judge({name: replace(record, received=record.stamps - ahead * MS)})
+        only(report, verdict, f'{name}: stamps are {words} ahead of the arrival')
+
+
+def test_a_few_stamps_that_are_ahead():
+    record = clean()['action']
+    few = np.isin(np.arange(len(record.stamps)), (300, 500))
+    received = record.received - np.where(few, 303 * MS, 0)
+    only(judge({'action': replace(record, received=received)}), 'WARN',
+         'action: 2 of 996 stamps are up to 0.30 s ahead of the arrival')
+
+
 def test_a_stream_that_arrives_too_late_to_be_used_live():
     wrist = clean()['wrist']
     only(judge({'wrist': replace(wrist, received=wrist.stamps + 200 * MS)}), 'WARN', 'wrist: arrives 0.20 s late', '0.15 s')

@@ -207,6 +207,24 @@ def test_find_bags(tmp_path):
         find_bags(tmp_path / 'absent')
 
 
+def test_find_bags_behind_links(tmp_path):
+    here, disk = tmp_path / 'here', tmp_path / 'disk'
+    for folder in (here / 'demo_2', disk / 'demo_1', disk / 'more/demo_3'):
+        write_mcap(folder / f'{folder.name}_0.mcap', ENTRIES[:3])
+    write_metadata(disk / 'demo_1', ENTRIES[:3], ['demo_1_0.mcap'])
+    (here / 'a_latest').symlink_to('demo_2')  # known by its own name
+    (here / 'demo_1').symlink_to(disk / 'demo_1')
+    (here / 'more').symlink_to(disk / 'more')
+    (here / 'again').symlink_to(here)
+    (disk / 'more/back').symlink_to(here)
+    (here / 'loop').symlink_to('loop')
+    (here / 'nowhere').symlink_to(tmp_path / 'absent')
+    assert find_bags(here) == [here / 'demo_1', here / 'demo_2', here / 'more/demo_3']
+    assert len(recorded(Bag(here / 'demo_1'))) == 3
+    (tmp_path / 'link').symlink_to(here)
+    assert find_bags(tmp_path / 'link')[0] == tmp_path / 'link/demo_1'
+
+
 def test_what_is_no_bag(tmp_path):
     (tmp_path / 'notes.txt').write_text('hello')
     (tmp_path / 'one.bag').write_bytes(b'#ROSBAG V2.0\n' + bytes(100))

@@ -80,9 +80,44 @@ def test_topics_in_a_namespace_or_remapped(tmp_path):
     assert read(tmp_path / 'b', renamed, prefix='/left/', custom=custom).streams['goal'].topic == '/left/target'
     with pytest.raises(DataError, match=r'no topics for /elsewhere \(goal\); there are: /camera/compressed, /command, /goal'):
         read(tmp_path / 'c', messages, custom={'topics': '{"goal": "/elsewhere"}'})
-    both = messages + [('right/' + topic, stamp, message) for topic, stamp, message in messages if topic == 'goal']
-    with pytest.raises(DataError, match=r'2 topics for goal \(goal\)'):
-        read(tmp_path / 'd', both, prefix='/left/')
+
+
+def test_all_topics_are_of_one_namespace(tmp_path):
+    def moved(**namespaces):
+        """The recording with each topic in these namespaces, '' the root; camera/compressed as `camera`."""
+        return [(f'{namespace}/{topic}'.lstrip('/'), stamp, message) for topic, stamp, message in recording(0.3)
+                for namespace in namespaces.get(topic.partition('/')[0], namespaces['others'])]
+
+    def topics(name, robot=None, custom=None, **namespaces):
+        streams = read(tmp_path / name, moved(**namespaces), robot, custom=custom).streams
+        return [record.topic for record in streams.values()]
+
+    def in_left():
+        return ['/left/joint_states', '/left/goal', '/left/camera/compressed', '/left/command']
+
+    robot = contract()
+    mixed = {'others': ['left'], 'command': ['right']}
+    with pytest.raises(DataError, match=r'E201 .*bag: no namespace has all topics: /left lacks command; /right lacks '
+                                        r'joint_states, goal, camera/compressed; name each `topic` of the contract in full \(as '
+                                        r'/left/joint_states\), in a contract per arm'):
+        topics('a', **mixed)
+    with pytest.raises(DataError, match=r'E201 .*no namespace has all topics: / lacks command; /gripper lacks joint_states'):
+        topics('b', others=[''], command=['gripper'])
+    with pytest.raises(DataError, match=r'E201 .*: 2 namespaces have all topics: /left, /right; name each `topic` .* in full'):
+        topics('c', others=['left', 'right'])
+    # The root before any namespace, and of several namespaces the only one that has all.
+    assert topics('d', others=['', 'left']) == ['/joint_states', '/goal', '/camera/compressed', '/command']
+    assert topics('e', others=['left'], command=['left', 'left/gripper']) == in_left()
+    assert topics('f', others=['left', 'right'], camera=['left']) == in_left()
+    # In full, by the contract or by the recorder, topics of two namespaces belong together.
+    across = replace(robot, action=replace(robot.action, topic='/right/command'))
+    assert topics('g', across, **mixed) == [*in_left()[:3], '/right/command']
+    assert topics('h', custom={'topics': '{"command": "/right/command"}'}, **mixed) == [*in_left()[:3], '/right/command']
+    full = {name: replace(stream, topic='/right/' + stream.topic) for name, stream in robot.observations.items()}
+    assert topics('i', replace(across, observations=full), others=['left', 'right']) == [
+        topic.replace('left', 'right') for topic in in_left()]
+    # Without labels from commands, those of the other arm are no commands.
+    assert topics('j', contract('next_state'), **mixed) == in_left()[:3]
 
 
 def test_wrong_messages_are_named(tmp_path):
@@ -147,3 +182,6 @@ def test_marks_of_a_bag(tmp_path):
         read(tmp_path / 'c', messages, markers='marks')
     with pytest.raises(DataError, match=r'E201 .*bag: /goal is .*, must be std_msgs/msg/String \(marks\)'):
         read(tmp_path / 'd', messages, markers='goal')
+    both = [*messages, ('left/marks', START, text('start')), ('right/marks', START, text('start'))]
+    with pytest.raises(DataError, match=r'E201 .*: 2 topics for marks \(marks\): /left/marks, /right/marks; name one in full'):
+        read(tmp_path / 'e', sorted(both, key=lambda entry: entry[1]), markers='marks')

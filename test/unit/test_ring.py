@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from il_runtime.ring import OVERHEAD, Message, Meter, Ring
+from il_runtime.ring import OVERHEAD, Message, Meter, Ring, Span
 
 LATCHED = 'status'
 ARRIVALS = st.lists(st.tuples(st.integers(0, 30), st.sampled_from(['a', 'b', LATCHED]), st.integers(0, 500)), max_size=60)
@@ -119,3 +119,39 @@ def test_how_much_of_the_window_is_known():
 def test_time_that_begins_again_begins_a_new_measurement():
     meter = metered([*np.arange(100.0, 110.0, 0.05), *np.arange(0.0, 1.0, 0.1)])
     assert meter.rate(round(0.9 * S)) == pytest.approx(10.0) and meter.known(round(0.9 * S)) == pytest.approx(0.3)
+
+
+MS = 1_000_000
+SINCE, UNTIL = 1_700_000_000 * S, 1_700_000_001 * S
+
+
+def spanned(offset: int, delays) -> list[int]:
+    """Where a span of 1 s places a 10 Hz stream that began 1 s before it; delays and its publisher's clock's offset in ns."""
+    span, places = Span(SINCE), []
+    for k, delay in enumerate(delays):
+        sent = SINCE - S + 50 * MS + k * 100 * MS  # on this machine's clock
+        if sent + delay > UNTIL:
+            span.until = UNTIL
+        places.append(span.place('camera', sent + delay, sent + offset))
+    return places
+
+
+@pytest.mark.parametrize('offset', [0, -3 * S, 600 * MS, 3600 * S])
+def test_a_span_holds_what_arrived_in_it_whatever_the_publishers_clock(offset):
+    assert spanned(offset, [2 * MS] * 30) == [-1] * 10 + [0] * 10 + [1] * 10
+
+
+@pytest.mark.parametrize('offset', [0, -3 * S, 600 * MS])
+def test_a_span_holds_what_was_sent_in_it_but_came_late(offset):
+    """From the seventh message in it on, the machine hands nothing over for half a second."""
+    delays = [2 * MS + (k % 3) * MS for k in range(30)]
+    delays[17:22] = [502 * MS] * 5
+    assert spanned(offset, delays) == [-1] * 10 + [0] * 10 + [1] * 10
+
+
+def test_a_topic_that_was_silent_in_a_span_has_nothing_in_it():
+    span = Span(SINCE)
+    assert span.place('fast', SINCE + MS, SINCE) == 0
+    span.until = UNTIL
+    assert span.place('slow', UNTIL + MS, UNTIL - 3 * S) == 1
+    assert span.place('fast', UNTIL + 5 * MS, UNTIL - 2 * MS) == 0, 'each topic has a clock of its own'

@@ -23,7 +23,7 @@ from std_msgs.msg import String
 from il_policies.bags.writer import BagWriter
 from il_policies.contract import load_contract
 from il_policies.data.errors import BagError
-from il_runtime.ring import Message
+from il_runtime.ring import Message, Span
 from il_runtime.ros import Terminal, be_nice, declare, run
 from il_runtime.tap import Tap, warn_of_cut_short
 
@@ -44,10 +44,8 @@ class Episode:
     """A recording in progress."""
 
     writer: BagWriter
-    since: int
-    """What was sent before is not in it: wall clock [ns]."""
-    until: int | None = None
-    """What was sent after is not in it: wall clock [ns]; None while it goes on."""
+    span: Span
+    """On the wall clock."""
     awaited: set[str] = field(default_factory=set)
     """Topics of which something that was sent before the end may still come."""
     drained: Future = field(default_factory=Future)
@@ -68,7 +66,7 @@ class Episode:
     @property
     def seconds(self) -> float:
         """How long it has lasted [s, wall]."""
-        return (time.time_ns() - self.since) * 1e-9
+        return (time.time_ns() - self.span.since) * 1e-9
 
 
 class RecorderNode(Node):
@@ -113,12 +111,15 @@ class RecorderNode(Node):
     # --- what arrives -------------------------------------------------------------------------------------------------
     def _on_message(self, message: Message) -> None:
         episode = self.episode
-        if episode is None or message.sent < episode.since:
+        if episode is None:
             return
-        if episode.until is not None and message.sent > episode.until:
+        # Simulated time says nothing about arrival on the wall clock; then all publishers are on this machine, as a rule.
+        place = episode.span.place(message.topic, message.sent if self.sim_time else message.received, message.sent)
+        if place > 0:
             episode.awaited.discard(message.topic)
             if not episode.awaited:
                 episode.settle()
+        if place != 0:
             return
         try:
             episode.writer.write(message.topic, message.data, message.received, message.published)
@@ -171,38 +172,49 @@ class RecorderNode(Node):
         writer = BagWriter(self.output / name, self.tap.types, {**self.tap.about(), 'task': task})
         for topic in self.tap.topics():
             writer.add_topic(*topic)
-        self.episode = Episode(writer, time.time_ns())
+        self.episode = Episode(writer, Span(time.time_ns()))
         self._mark(f'start {task}'.strip())
         return writer.path
 
     async def stop(self, how: str) -> str:
         """End the episode as success, failure or discard; what became of it. Raises BagError if that cannot be done."""
         episode = self.episode
-        if episode is None or episode.until is not None:
+        if episode is None or episode.span.until is not None:
             raise BagError('nothing is being recorded' if episode is None else f'{episode.writer.path.name} is ending already')
         self._mark(how)
-        episode.until = time.time_ns()
+        episode.span.until = time.time_ns()
         if how == 'discard':
             self.episode = None
             episode.writer.discard()
             return 'discarded'
         # A busy machine hands messages over late: what was sent before now belongs to the episode, and what is sent after
         # it tells that a topic has nothing more to come.
-        episode.awaited = {self.tap.resolved(stream.topic) for stream in self.contract.observations.values()}
+        episode.awaited = set(self._streams())
         give_up = self.create_timer(DRAIN_S, episode.settle, clock=self.steady)
         await episode.drained
         self.destroy_timer(give_up)
         if self.episode is episode:
-            command = self.tap.resolved(self.contract.action.topic)
-            if self.contract.action.label != 'next_state' and not episode.writer.counts[command]:
-                self._warn(f'{command}: no command was recorded')
             self._close(LABELS[how])
         if self.failure:  # of the disk, now or meanwhile
             raise BagError(self.failure)
         return ', '.join([f'{how}: {episode.messages} messages', *episode.warnings])
 
+    def _streams(self) -> list[str]:
+        """Topics of the contract's streams, each once."""
+        return list(dict.fromkeys(self.tap.resolved(stream.topic) for stream in self.contract.observations.values()))
+
+    def _warn_of_missing(self) -> None:
+        counts = self.episode.writer.counts
+        for topic in self._streams():
+            if not counts[topic]:
+                self._warn(f'{topic}: no message was recorded')
+        command = self.tap.resolved(self.contract.action.topic)
+        if self.contract.action.label != 'next_state' and not counts[command]:
+            self._warn(f'{command}: no command was recorded')
+
     def _close(self, success: str, interruption: str = '') -> None:
         """Complete the bag, or, if the disk refuses even that, end the node."""
+        self._warn_of_missing()
         episode, self.episode = self.episode, None
         about = {'success': success, 'interrupted': 'true' if interruption else 'false'}
         if interruption:
@@ -288,7 +300,7 @@ class RecorderNode(Node):
     def finish(self, spin_once) -> None:
         """Complete an open bag, marked as interrupted and without a label, unless it is ending anyway."""
         self.tap.take()
-        while self.episode is not None and self.episode.until is not None:
+        while self.episode is not None and self.episode.span.until is not None:
             spin_once()
         self._clear()
         if self.episode is not None:

@@ -1,4 +1,7 @@
-"""The last messages, bounded in time and in memory, and how often they come. Pure: no ROS, the clock is an argument."""
+"""The last messages, bounded in time and in memory, those of a span of time, and how often they come.
+
+Pure: no ROS, the clock is an argument.
+"""
 from __future__ import annotations
 
 from collections import deque
@@ -22,7 +25,31 @@ class Message(NamedTuple):
     published: int
     """When it was published, on the clock of the bag [ns]."""
     sent: int
-    """When it was published by the wall clock, whatever the clock of the bag [ns]."""
+    """When it was published by the publisher's wall clock, whatever the clock of the bag [ns]."""
+
+
+class Span:
+    """Which messages belong to a span of time on this machine's clock: what arrived in it, and what was sent in it but came late.
+
+    A publisher's clock may be seconds off this machine's. The least that a topic's messages took, its offset included, tells
+    when a message that comes after the end would have come, had nothing delayed it.
+    """
+
+    def __init__(self, since: int):
+        self.since = since
+        """What arrived before is not in it [ns]."""
+        self.until: int | None = None
+        """What would have arrived after is not in it [ns]; None while it goes on."""
+        self._least: dict[str, int] = {}  # topic → least of arrival less sending [ns]
+
+    def place(self, topic: str, arrived: int, sent: int) -> int:
+        """Where a message lies: -1 before, 0 in, 1 after. It arrived by this clock and was sent by its publisher's [ns]."""
+        if arrived < self.since:
+            return -1
+        if self.until is None or arrived <= self.until:
+            self._least[topic] = min(self._least.get(topic, arrived - sent), arrived - sent)
+            return 0
+        return int(topic not in self._least or sent + self._least[topic] > self.until)
 
 
 class Meter:

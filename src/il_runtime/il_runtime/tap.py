@@ -121,7 +121,7 @@ class Tap:
             received = self._now()
         if topic in self._meters:
             self._meters[topic].add(received)
-        return Message(topic, data, received, published or received, sent)
+        return Message(topic, data, received, published or received, sent or time.time_ns())
 
     def _now(self) -> int:
         """Time on the clock of the bag [ns]."""

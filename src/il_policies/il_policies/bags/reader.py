@@ -7,7 +7,7 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -47,18 +47,23 @@ class Message(NamedTuple):
 def find_bags(path: str | Path, salvage: bool = False) -> list[Path]:
     """The bags below a folder, or the folder or file itself, in natural order of their names (demo_2 before demo_10).
 
-    A bag is a folder with metadata.yaml, or with files named after it (demo/demo_0.mcap), or else a single file. Bags that
-    were cut short while being recorded (demo.part) count only if they are to be salvaged.
+    A bag is a folder with metadata.yaml, or with files named after it (demo/demo_0.mcap), or else a single file. Links are
+    followed; a folder that several names lead to counts once. Bags that were cut short while being recorded (demo.part)
+    count only if they are to be salvaged.
     Raises BagError if there is none.
     """
     path = Path(path)
     if path.is_file():
         return [path]
-    found = {file.parent for file in path.rglob('metadata.yaml')}
-    for file in path.rglob('*'):
-        if (name := RECORDING.fullmatch(file.name)) and file.parent not in found and file.is_file():
-            folder = file.parent.absolute().name.removesuffix(PART)
-            found.add(file.parent if re.fullmatch(re.escape(folder) + r'(_\d+)?', name[1]) else file)
+    found = set()
+    for folder in _folders(path):
+        if (folder / 'metadata.yaml').exists():
+            found.add(folder)
+            continue
+        name = folder.absolute().name.removesuffix(PART)
+        for file in folder.iterdir():
+            if (match := RECORDING.fullmatch(file.name)) and file.is_file():
+                found.add(folder if re.fullmatch(re.escape(name) + r'(_\d+)?', match[1]) else file)
     bags = sorted(found, key=lambda bag: natural(str(bag)))
     part = [bag for bag in bags if any(name.endswith(PART) for name in (path.name, *bag.relative_to(path).parts))]
     if not salvage:
@@ -70,6 +75,23 @@ def find_bags(path: str | Path, salvage: bool = False) -> list[Path]:
         raise BagError(f'{path}: {"no bag here" if path.exists() else "no such file or folder"}; '
                        'a bag is a folder with metadata.yaml or a file .mcap or .db3', 'E102')
     return bags
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    """The folder and all below it that can be listed, each once: by its own name, else by that of a link to it."""
+    seen, pending = set(), deque([path])
+    while pending:
+        folder = pending.popleft()
+        if (place := folder.resolve()) in seen:  # also where links make a circle
+            continue
+        seen.add(place)
+        try:
+            below = sorted((entry for entry in folder.iterdir() if entry.is_dir()), key=lambda entry: natural(entry.name))
+        except OSError:  # absent, or not ours to read, as lost+found
+            continue
+        yield folder
+        for entry in reversed(below):
+            (pending.append if entry.is_symlink() else pending.appendleft)(entry)
 
 
 def natural(name: str) -> list:

@@ -41,6 +41,8 @@ CLOCK_FAIL = 1.0
 """Stamps and times of arrival further apart than this are two different clocks [s]."""
 CLOCK_AHEAD_WARN = 0.01
 """A sample cannot arrive before it was taken; clocks may differ by this much [s]."""
+CLOCK_AHEAD_FAIL = 0.05
+"""Ahead by more than this, or than a row's period if that is longer, samples belong to other rows [s]."""
 UNUSED_WARN = 1.0
 """Beginning or end of a recording that gives no rows [s]."""
 STILL = 0.01
@@ -470,9 +472,15 @@ def _clock_report(name: str, stream: Stream, stamps: np.ndarray, latency: np.nda
         return {}, []  # how long a message took cannot be told from clocks that tick apart
     report = {'latency_p50_s': _number(middle), 'latency_p95_s': _number(np.percentile(latency, 95))}
     faults: Faults = []
+    ahead_allowed = max(CLOCK_AHEAD_FAIL, 1 / fps)
+    far_ahead = int(np.sum(latency < -ahead_allowed))
     if middle < -CLOCK_AHEAD_WARN:
-        faults.append((WARN, f'{name}: stamps are {duration(-middle)} ahead of the arrival; set the clock of its sender, or '
-                             'correct `latency` in the contract'))
+        faults.append((FAIL if middle < -ahead_allowed else WARN,
+                       f'{name}: stamps are {duration(-middle)} ahead of the arrival; set the clock of its sender, or correct '
+                       '`latency` in the contract'))
+    elif far_ahead:
+        faults.append((WARN, f'{name}: {far_ahead} of {len(latency)} stamps are up to {duration(-latency.min())} ahead of the '
+                             'arrival'))
     elif report['latency_p95_s'] > stream.max_age:
         faults.append((WARN, f'{name}: arrives {duration(report["latency_p95_s"])} late; when the policy runs, nothing older '
                              f'than {duration(stream.max_age)} is used'))

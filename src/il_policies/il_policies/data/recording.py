@@ -205,31 +205,75 @@ class _Growing:
 
 
 def _match_topics(bag: Bag, contract: Contract, streams: dict[str, Stream]) -> dict[str, str]:
-    """Stream name → topic in the bag: as the recorder noted it, else the one that has the contract's name."""
+    """Stream name → topic in the bag: as the recorder noted it or as the contract names it in full, all others in one namespace.
+
+    Suffixes matched one by one would pair the observations of one arm with the commands of another.
+    """
     try:
         recorded_as = dict(json.loads(bag.about.get('topics', '{}')))
     except (ValueError, TypeError):  # not from our recorder
         recorded_as = {}
-    topics = {}
-    for name, stream in streams.items():
-        if name == 'action' and contract.action.label == 'next_state' and not _candidates(bag, stream.topic):
-            continue
-        topics[name] = _match_topic(bag, name, recorded_as.get(stream.topic, stream.topic), stream.type)
-    return topics
+    wanted = {name: str(recorded_as.get(stream.topic, stream.topic)) for name, stream in streams.items()}
+    topics = {name: topic for name, topic in wanted.items() if topic.startswith('/') and topic in bag.topics}
+    namespaces = {name: _namespaces(bag, topic) for name, topic in wanted.items() if name not in topics}
+    optional = 'action' if contract.action.label == 'next_state' else ''
+    required = [name for name in namespaces if name != optional] or [name for name, found in namespaces.items() if found]
+    namespace = _one_namespace(bag, {name: wanted[name] for name in required}, namespaces)
+    topics |= {name: _in(namespace, wanted[name]) for name, found in namespaces.items() if namespace in found}
+    for name, topic in topics.items():
+        _check_type(bag, name, topic, streams[name].type)
+    return {name: topics[name] for name in streams if name in topics}
 
 
-def _candidates(bag: Bag, topic: str) -> list[str]:
-    """The topic itself, else those that end with it: the same in a namespace."""
-    wanted = '/' + topic.strip('/')
-    return [wanted] if wanted in bag.topics else [name for name in bag.topics if name.endswith(wanted)]
+def _namespaces(bag: Bag, topic: str) -> set[str]:
+    """The namespaces in which the bag has a topic; '' is the root."""
+    ending = _in('', topic)
+    return {name.removesuffix(ending) for name in bag.topics if name.endswith(ending)}
+
+
+def _in(namespace: str, topic: str) -> str:
+    return f'{namespace}/{topic.strip("/")}'
+
+
+def _one_namespace(bag: Bag, wanted: dict[str, str], namespaces: dict[str, set[str]]) -> str:
+    """The namespace that has all topics wanted (by stream): the root if it has, else the only one that does."""
+    for name, topic in wanted.items():
+        if not namespaces[name]:
+            raise _none_of(bag, name, topic)
+    lacking = {namespace: [topic for name, topic in wanted.items() if namespace not in namespaces[name]]
+               for namespace in sorted(set().union(*(namespaces[name] for name in wanted)))}
+    complete = [namespace for namespace, topics in lacking.items() if not topics]
+    if '' in complete or not wanted:
+        return ''
+    if len(complete) == 1:
+        return complete[0]
+    if complete:
+        fault = f'{len(complete)} namespaces have all topics: {", ".join(complete)}'
+    else:
+        fault = 'no namespace has all topics: ' + '; '.join(f'{namespace or "/"} lacks {", ".join(dict.fromkeys(topics))}'
+                                                            for namespace, topics in lacking.items())
+    example = next(iter(wanted.values()))
+    full = _in(sorted(namespaces[next(iter(wanted))])[0], example)
+    raise DataError(f'{bag.path}: {fault}; name each `topic` of the contract in full (as {full}), in a contract per arm', 'E201')
 
 
 def _match_topic(bag: Bag, name: str, topic: str, kind: str) -> str:
-    """The one topic in the bag that `topic` means, of the right type."""
-    found = _candidates(bag, topic)
-    if len(found) != 1:
-        raise DataError(f'{bag.path}: {len(found) or "no"} topics for {topic} ({name}); '
-                        f'there are: {", ".join(sorted(bag.topics)) or "none"}', 'E201')
-    if bag.topics[found[0]] != kind:
-        raise DataError(f'{bag.path}: {found[0]} is {bag.topics[found[0]]}, must be {kind} ({name})', 'E201')
-    return found[0]
+    """The one topic in the bag that `topic` means, of the right type: the topic itself, else the only one in a namespace."""
+    found = _namespaces(bag, topic)
+    if not found:
+        raise _none_of(bag, name, topic)
+    if '' not in found and len(found) > 1:
+        names = ', '.join(_in(namespace, topic) for namespace in sorted(found))
+        raise DataError(f'{bag.path}: {len(found)} topics for {topic} ({name}): {names}; name one in full', 'E201')
+    match = _in('' if '' in found else found.pop(), topic)
+    _check_type(bag, name, match, kind)
+    return match
+
+
+def _none_of(bag: Bag, name: str, topic: str) -> DataError:
+    return DataError(f'{bag.path}: no topics for {topic} ({name}); there are: {", ".join(sorted(bag.topics)) or "none"}', 'E201')
+
+
+def _check_type(bag: Bag, name: str, topic: str, kind: str) -> None:
+    if bag.topics[topic] != kind:
+        raise DataError(f'{bag.path}: {topic} is {bag.topics[topic]}, must be {kind} ({name})', 'E201')
