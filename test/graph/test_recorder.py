@@ -293,10 +293,15 @@ def test_keys(nodes, node, robot, tmp_path):
     robot()
     said = marks(node)
     keys, terminal = pty.openpty()
+
+    def in_a_shell() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+
     nodes.processes['recorder_node'] = process = subprocess.Popen(
         [sys.executable, '-m', 'il_runtime.recorder_node', '--ros-args', '-p', f'contract:={CONTRACT}', '-p',
          f'output:={tmp_path / "bags"}', '-p', 'task:=reach the goal'], stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        start_new_session=True, preexec_fn=in_a_shell)
     screen = ''
 
     def listen():

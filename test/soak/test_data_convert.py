@@ -182,7 +182,7 @@ def complete(out: Path) -> int:
 def test_killed_at_any_moment(tmp_path, victim):
     """SIGKILL: no episode is half there, and in the end the dataset is that of a run nobody disturbed."""
     for i in range(6):
-        large_bag(tmp_path / f'bags/bag_{i}', 1.0 + i % 3)
+        large_bag(tmp_path / f'bags/bag_{i}', 1.0 + i % 3 + 0.2 * (i // 3))  # copies would be refused
     (tmp_path / 'robot.json').write_text(json.dumps(robot().to_dict()))
 
     def command(out: Path) -> list[str]:

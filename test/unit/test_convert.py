@@ -8,8 +8,11 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from il_policies import cli
@@ -201,11 +204,12 @@ def test_marks_make_the_episodes(tmp_path):
     messages = recording(3.0) + [('episode', START + round(t * 1000) * MS, text(mark)) for t, mark in marks]
     messages.sort(key=lambda entry: entry[1])
     write_bag(tmp_path / 'bags/one', messages, keep=between('joint_states', 1.35, 1.68))
-    write_bag(tmp_path / 'bags/two', messages, keep=between('joint_states', 2.0, 2.5))
+    renamed = [(topic, t, text('start grasp') if message == text('start pick') else message) for topic, t, message in messages]
+    write_bag(tmp_path / 'bags/two', renamed, keep=between('joint_states', 2.0, 2.5))
     reports = convert(tmp_path / 'bags', contract(), tmp_path / 'out', Options(markers='episode'))
     dataset = Dataset(tmp_path / 'out')
     assert [(r.index, os.path.basename(r.bag)) for r in reports] == [(0, 'one'), (1, 'one'), (2, 'two'), (None, 'two')]
-    assert [(e['task'], e['success']) for e in dataset.episodes] == [('pick', True), ('place', False), ('pick', True)]
+    assert [(e['task'], e['success']) for e in dataset.episodes] == [('pick', True), ('place', False), ('grasp', True)]
     assert [seconds(dataset.lowdim(i))[[0, -1]].round(6).tolist() for i in range(3)] == [[0.5, 1.2], [1.7, 2.6], [0.5, 1.2]]
     assert re.match(r'E206 .*two, episode marked at 1\.70 s: gap of 0\.51 s on joint_states at 0\.29 s', reports[3].refused)
     again = convert(tmp_path / 'bags', contract(), tmp_path / 'out', Options(markers='episode'))
@@ -277,12 +281,11 @@ def test_images_of_another_size(tmp_path, images):
 
 def test_resumes_and_keeps_the_order_of_the_bags(tmp_path):
     for name in ('bag_1', 'bag_2', 'bag_10'):
-        write_bag(tmp_path / 'bags' / name, recording(0.8), custom=GOOD)
+        write_bag(tmp_path / 'bags' / name, recording(0.8), custom={**GOOD, 'task': name})
     shares = []
     first = convert(tmp_path / 'bags', contract(), tmp_path / 'out', progress=lambda share, refused: shares.append(share))
     assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares) and len(shares) >= 4
     assert [e['source'] for e in Dataset(tmp_path / 'out').episodes] == ['bag_1', 'bag_2', 'bag_10']
-    before = Dataset(tmp_path / 'out').hash
     again = convert(tmp_path / 'bags', contract(), tmp_path / 'out')
     assert [r.kept for r in again] == [True] * 3 and [r.details for r in again] == [r.details for r in first]
     # one more, labelled otherwise, in between; the others move, and are not converted again
@@ -302,7 +305,8 @@ def test_resumes_and_keeps_the_order_of_the_bags(tmp_path):
     last = convert(given, contract(), tmp_path / 'out', prune=True)
     assert [r.kept for r in last] == [True] * 3
     assert [e['source'] for e in Dataset(tmp_path / 'out').episodes] == ['bag_10', 'bag_1', 'bag_2']
-    assert Dataset(tmp_path / 'out').hash == before, 'these three are the same, in whatever order'
+    convert(given, contract(), tmp_path / 'three')
+    assert Dataset(tmp_path / 'out').hash == Dataset(tmp_path / 'three').hash
     # another day's bag of the same name is another bag
     write_bag(tmp_path / 'day_2/bag_1', recording(0.9))
     with pytest.raises(DataError, match=r'holds episodes of other bags \(bag_1, bag_10, bag_2\)'):
@@ -337,7 +341,8 @@ def test_what_changes_an_episode_makes_it_anew(tmp_path):
 def test_goes_on_after_a_crash(tmp_path, state):
     """Whatever a crash leaves: nothing is lost, done twice, or left over."""
     for name in ('a', 'b', 'c'):
-        write_bag(tmp_path / 'bags' / name, recording(1.2), custom=GOOD, keep=between('camera/compressed', 0.35, 0.75))
+        write_bag(tmp_path / 'bags' / name, recording(1.2), custom={**GOOD, 'task': name},
+                  keep=between('camera/compressed', 0.35, 0.75))
     options = Options(gaps='split')
     convert(tmp_path / 'bags', contract(), tmp_path / 'out', options)
     expected = Dataset(tmp_path / 'out')
@@ -367,7 +372,7 @@ def test_goes_on_after_a_crash(tmp_path, state):
 
 def test_a_bag_that_cannot_be_read_today_costs_nothing(tmp_path):
     for name in ('a', 'b'):
-        write_bag(tmp_path / 'bags' / name, recording(0.8), custom=GOOD)
+        write_bag(tmp_path / 'bags' / name, recording(0.8), custom={**GOOD, 'task': name})
     convert(tmp_path / 'bags', contract(), tmp_path / 'out')
     before = Dataset(tmp_path / 'out')
     file = tmp_path / 'bags/a/a_0.mcap'
@@ -409,6 +414,67 @@ def test_the_same_recording_twice_is_used_once(tmp_path):
     assert reports[1].refused == f'E303 {tmp_path / "b/one"}: the same recording as {tmp_path / "a/one"}'
 
 
+def test_a_copy_under_another_name_is_refused(tmp_path):
+    messages = recording(0.8)
+    for name in ('one', 'two'):
+        write_bag(tmp_path / 'bags' / name, messages)
+    told = []
+    reports = convert(tmp_path / 'bags', contract(), tmp_path / 'out', progress=lambda share, refused: told.extend(refused))
+    reason = f'E303 {tmp_path / "bags/two"}: the same recording as {tmp_path / "bags/one"}'
+    assert [report.refused for report in reports] == ['', reason] and told == [reason]
+    assert [meta['source'] for meta in Dataset(tmp_path / 'out').episodes] == ['one']
+
+
+def flip(file) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def change_value(file) -> None:
+    table = pq.read_table(file)
+    column = table.column_names.index('filled')
+    pq.write_table(table.set_column(column, 'filled', [pc.invert(table['filled'])]), file)
+
+
+@pytest.mark.parametrize('name, damage', [
+    ('images/front.mjpeg', flip), ('images/front.mjpeg', lambda file: file.write_bytes(file.read_bytes()[:-1])),
+    ('images/front.mjpeg', os.remove), ('lowdim.parquet', change_value),
+    ('lowdim.parquet', lambda file: file.write_bytes(b'PAR1')),
+    ('report.json', lambda file: file.write_text('{')), ('episode.json', os.remove),
+    ('episode.json', lambda file: file.write_text(file.read_text().replace('"length": 8', '"length": "8"'))),
+    ('episode.json', lambda file: file.write_text(file.read_text().replace('"key"', '"other"')))])
+def test_damaged_episodes_are_made_anew(tmp_path, name, damage):
+    bag = write_bag(tmp_path / 'one', recording(0.8), custom=GOOD)
+    convert(bag, contract(), tmp_path / 'out')
+    before, file = Dataset(tmp_path / 'out').hash, tmp_path / 'out/episodes/000000' / name
+    whole = file.read_bytes()
+    damage(file)
+    assert not file.exists() or file.read_bytes() != whole
+    (report,) = convert(bag, contract(), tmp_path / 'out', prune=True)
+    assert not report.refused and not report.kept
+    assert Dataset(tmp_path / 'out').hash == before and file.read_bytes()[:4] == whole[:4]
+    Dataset(tmp_path / 'out').verify(0)
+
+
+def test_backups_beside_the_episodes_are_left_alone(tmp_path):
+    bag = write_bag(tmp_path / 'one', recording(0.8), custom=GOOD)
+    convert(bag, contract(), tmp_path / 'out')
+    for name in ('000001_backup', '7backup'):
+        shutil.copytree(tmp_path / 'out/episodes/000000', tmp_path / 'out/episodes' / name)
+    (report,) = convert(bag, contract(), tmp_path / 'out')
+    assert report.kept and len(Dataset(tmp_path / 'out')) == 1
+    assert (tmp_path / 'out/episodes/7backup').is_dir()
+
+
+def test_a_wrong_contract_does_not_block_the_right_one(tmp_path):
+    bag = write_bag(tmp_path / 'one', recording(0.8, rate=30.0), custom=GOOD, keep=lambda topic, t: topic != 'goal')
+    (refused,) = convert(bag, contract(), tmp_path / 'out')
+    assert refused.refused
+    (again,) = convert(bag, contract(latency=0.01), tmp_path / 'out')
+    assert again.refused and Dataset(tmp_path / 'out').info == dataset_info(contract(latency=0.01))
+
+
 def test_the_contract_inside(tmp_path):
     robot, other = contract(camera_rate=None), contract(camera_rate=None, fps=20.0)
     write_bag(tmp_path / 'bags/a', recording(0.8), about={'contract': json.dumps(robot.to_dict())})
@@ -430,8 +496,11 @@ def test_two_at_a_time_are_refused(tmp_path):
     convert(bag, contract(), tmp_path / 'out')
     descriptor = os.open(tmp_path / 'out', os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    aside = tmp_path / 'out/episodes/.000000.old'  # what the other one is just replacing
+    os.rename(tmp_path / 'out/episodes/000000', aside)
     with pytest.raises(DataError, match='E301 .*out: is being written by another il convert'):
         convert(bag, contract(), tmp_path / 'out')
+    assert aside.is_dir()
     os.close(descriptor)
     convert(bag, contract(), tmp_path / 'out')
 
@@ -500,6 +569,10 @@ def test_summary(tmp_path):
         '1 episodes, 20 rows, 10 % filled, 2 messages lost, 1 gaps, oldest sample 200 ms, 1 not labelled a success, '
         f'1 {verdicts[1]}, 1 refused')
     assert summary_line(reports).startswith('2 episodes, 40 rows, 5 % filled, 2 messages lost, 1 gaps')
+    allowed = json.loads(json.dumps(reports[1].details))
+    for stream in allowed['streams'].values():
+        stream['lost_allowed'] = 0.5
+    assert ', 0 messages lost, 0 gaps,' in summary_line([replace(reports[1], details=allowed)])
     assert summary_line([]) == '0 episodes, 0 rows, 0 refused'
     details = reports[0].details['streams']['joints']
     assert details['n'] == 200 and details['rate_hz'] == pytest.approx(100.0) and details['gaps'] == 0

@@ -70,6 +70,32 @@ def test_an_episode_is_taken_once(tmp_path):
     assert left_out == [str(folder) for folder in (b.folders[0], *a.folders)]
 
 
+def test_damaged_episodes_are_not_passed_on(tmp_path):
+    a = make(tmp_path / 'a', [(0, 1), (1, 2)])
+    b = make(tmp_path / 'b', [(0, 2), (1, 3)])
+    file = a.folders[1] / 'images/front.mjpeg'
+    file.write_bytes(bytes([*file.read_bytes()[:-1], 0]))
+    merged, left_out = merge([a.path, b.path], tmp_path / 'c')
+    assert values(merged) == [1, 2, 3] and left_out == [str(a.folders[1])]
+    for make_it in (lambda: merge([a.path], tmp_path / 'd'), lambda: split(a.path, tmp_path / 'd', ['x=rest'])):
+        with pytest.raises(DataError, match='E302 .*a/episodes/000001: not what was written'):
+            make_it()
+    assert not (tmp_path / 'd').exists()
+    split(a.path, tmp_path / 'd', ['x=0'])
+
+
+def test_the_folder_one_is_in(tmp_path, ten, monkeypatch):
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    for make_it in (lambda: merge([ten.path], '.'), lambda: split(ten.path, '.', ['a=rest'])):
+        with pytest.raises(DataError, match='E301 .: is the folder you are in'):
+            make_it()
+    (tmp_path / 'target').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'target')
+    merge([ten.path], '../link')
+    assert len(Dataset(tmp_path / 'target')) == len(ten)
+
+
 def test_the_copy_outlives_the_source(tmp_path):
     a = make(tmp_path / 'a', [(0, 1), (1, 2)])
     merged, _ = merge([a.path], tmp_path / 'c')

@@ -163,6 +163,19 @@ def test_what_a_process_finds_can_be_sent(bags):
         assert sent.episodes[0].report == seen.episodes[0].report and str(sent.error) == str(seen.error)
 
 
+def test_a_damaged_episode_fails_alone(tmp_path):
+    info = DatasetInfo(10.0, {'state': Feature((1,), 'lowdim', ('x',))}, ActionInfo(('x',)), 'imported')
+    create(tmp_path / 'data', info)
+    values = np.sin(np.arange(60) / 10)[:, None]
+    for i in range(2):
+        write_episode(tmp_path / 'data', i, {'state': values}, values, np.arange(60) * 10**8, np.zeros(60, bool), {}, {}, {})
+    (tmp_path / 'data/episodes/000000/lowdim.parquet').write_bytes(b'PAR1')
+    found = inspect.inspect_dataset(Dataset(tmp_path / 'data'))
+    assert [episode.verdict for episode in found.episodes] == ['FAIL', 'PASS']
+    assert 'lowdim.parquet: not readable' in reasons(found)[0][0] and 'lowdim.parquet' in terminal(found, 160)
+    assert 'convert its bag again' in visible(inspect_page.page(found))
+
+
 def test_imported_rows_without_a_report(tmp_path):
     info = DatasetInfo(10.0, {'state': Feature((2,), 'lowdim', ('x', 'y'))}, ActionInfo(('x', 'y')), 'imported')
     create(tmp_path / 'data', info)

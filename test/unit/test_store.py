@@ -244,7 +244,6 @@ def test_interrupted_writes_are_not_seen_and_replaced(tmp_path):
     left = tmp_path / 'episodes' / '.000000.new'
     left.mkdir()
     (left / 'episode.json').write_text('{')
-    (tmp_path / 'episodes' / '000007').mkdir()
     assert Dataset(tmp_path).episodes == []
     write(tmp_path)
     write(tmp_path)
@@ -304,10 +303,16 @@ def test_killed_between_two_renames(tmp_path):
 
 
 def test_create(tmp_path):
+    other = DatasetInfo(fps=20.0, features=INFO.features, action=INFO.action, label='command')
+    create(tmp_path / 'd', other)
+    create(tmp_path / 'd', INFO)  # gives way while there are no episodes
+    assert Dataset(tmp_path / 'd').info == INFO
+    write(tmp_path / 'd')
     create(tmp_path / 'd', INFO)
-    create(tmp_path / 'd', INFO)
-    with pytest.raises(DataError, match='another fps'):
-        create(tmp_path / 'd', DatasetInfo(fps=20.0, features=INFO.features, action=INFO.action, label='command'))
+    for name in ('000000', '.000000.old'):
+        (tmp_path / 'd/episodes/000000').rename(tmp_path / 'd/episodes' / name)
+        with pytest.raises(DataError, match='another fps'):
+            create(tmp_path / 'd', other)
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'thesis.tex').touch()
     with pytest.raises(DataError, match='is no dataset'):
@@ -345,10 +350,51 @@ def test_unreadable(tmp_path):
     meta.write_text(meta.read_text().replace('"length": 4', '"length": 5'))
     with pytest.raises(DataError, match='4 rows, but episode.json says 5'):
         Dataset(tmp_path / 'e').lowdim(0)
-    for text, words in (('{}', 'no length, content'), ('[]', 'holds no JSON object'), ('{', 'not readable')):
+    for text, words in (('{}', 'no length, content'), ('{"length": "34", "content": ""}', "length '34'"),
+                        ('[]', 'holds no JSON object'), ('{', 'not readable')):
         meta.write_text(text)
         with pytest.raises(DataError, match=f'E302 .*episode.json: .*{words}'):
             Dataset(tmp_path / 'e')
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize('name, damage, words', [
+    ('images/front.mjpeg', cut, 'front.mjpeg: .* bytes, not the'), ('images/front.mjpeg', flip, 'front.mjpeg or .* is damaged'),
+    ('images/wrist.depth.png', Path.unlink, 'wrist.depth.png: not readable'), ('lowdim.parquet', cut, 'lowdim.parquet: not read'),
+    ('lowdim.parquet', lambda file: file.write_bytes(file.read_bytes().replace(np.float64(1).tobytes(), b'')[:40]),
+     'lowdim.parquet: not readable'),
+    ('report.json', Path.unlink, 'report.json: not readable'),
+    ('episode.json', lambda file: file.write_text(file.read_text().replace('reach', 'push')), 'episode.json is damaged')])
+def test_verify(tmp_path, name, damage, words):
+    create(tmp_path, INFO)
+    write(tmp_path, 0)
+    write(tmp_path, 1)
+    for i in (0, 1):
+        Dataset(tmp_path).verify(i)
+    damage(tmp_path / 'episodes/000001' / name)
+    dataset = Dataset(tmp_path)
+    dataset.verify(0)
+    with pytest.raises(DataError, match=f'E302 .*000001.*{words}'):
+        dataset.verify(1)
+
+
+def test_folders_without_a_description_are_named(tmp_path):
+    create(tmp_path, INFO)
+    write(tmp_path)
+    (tmp_path / 'episodes/000001_backup').mkdir()
+    assert len(Dataset(tmp_path)) == 1
+    (tmp_path / 'episodes/000007').mkdir()
+    with pytest.raises(DataError, match='E302 .*000007: no whole episode'):
+        Dataset(tmp_path)
 
 
 def test_another_format_says_what_to_do(tmp_path):

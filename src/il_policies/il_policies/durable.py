@@ -30,6 +30,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     What is written into it must be synced by who writes it. Raises OSError if `path` exists and is not an empty folder.
     """
+    path = path.resolve()  # a link to an empty folder stays, and `..` gets a name
     temporary = path.with_name(f'.{path.name}.new')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -26,11 +26,23 @@ from il_policies.contract import Contract, ContractError, from_dict
 from il_policies.data.convert_bag import Job, Options, convert_bag
 from il_policies.data.errors import BagError, DataError
 from il_policies.data.quality import VERDICTS
-from il_policies.data.store import ActionInfo, DatasetInfo, Feature, create, place_episode, remove_episode
+from il_policies.data.store import (
+    ActionInfo,
+    DatasetInfo,
+    Feature,
+    create,
+    episode_folders,
+    place_episode,
+    read_episode,
+    remove_episode,
+    verify_episode,
+)
 from il_policies.parallel import WorkerDied, run
 
 VERSION = 1
 """Raised when the same bag gives another episode than before: those made before are then made anew."""
+ORIGIN = {'key': str, 'place': str, 'part': int, 'parts': int, 'refused': list}
+"""What an episode notes of its conversion (`Job.origin` and its number), and the types."""
 WORK_PER_PROCESS = 64 * 2**20
 """Bytes of bags that take about as long as starting a process for them."""
 
@@ -87,10 +99,11 @@ def convert(bags: str | Path | Sequence[str | Path], contract: Contract | None, 
             progress: Callable[[float, tuple[str, ...]], None] = lambda share, refused: None) -> list[Report]:
     """Convert bags (files, folders, folders of them) to the dataset `out`, its episodes numbered in the order of the bags.
 
-    Episodes already made from the same bags under the same contract and options are kept. A bag that cannot be used gives
-    a report with `refused`, and leaves there what an earlier run made of it. contract: None takes the one that the recorder
-    left in the bags. jobs: bags at a time, each in a process; 0: one per core, fewer for little work. prune: remove episodes
-    of bags that are not given or are refused. progress is called with the share done and what was refused since.
+    Episodes already made from the same bags under the same contract and options are kept, unless they are damaged. A bag
+    that cannot be used gives a report with `refused`, and leaves there what an earlier run made of it. Of equal
+    recordings the first is used. contract: None takes the one that the recorder left in the bags. jobs: bags at a time,
+    each in a process; 0: one per core, fewer for little work. prune: remove episodes of bags that are not given or are
+    refused. progress is called with the share done and what was refused since.
     Raises DataError if there is no bag (E102), no contract (E212), or `out` holds something else, episodes of other bags, or
     is being written (E301); OSError if the disk is full. Processes import the main module: guard it by `__name__`.
     """
@@ -99,10 +112,12 @@ def convert(bags: str | Path | Sequence[str | Path], contract: Contract | None, 
     contract = contract or _contract_inside([source for source in sources.values() if isinstance(source, _Source)])
     info = dataset_info(contract)
     out = Path(out)
-    create(out, info)
+    if not out.exists():
+        out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
+        create(out, info)
         plan = _Plan({path: source if isinstance(source, BagError) else _key(source, contract, options)
-                      for path, source in sources.items()}, out, options.salvage, prune)
+                      for path, source in sources.items()}, out, info, options.salvage, prune)
         todo = [Job(path, contract, info, options, plan.staging, origin) for path, origin in plan.todo.items()]
         cores = len(os.sched_getaffinity(0))
         processes = jobs or min(cores, 1 + sum(_size(job.path) for job in todo) // WORK_PER_PROCESS)
@@ -124,6 +139,9 @@ def convert(bags: str | Path | Sequence[str | Path], contract: Contract | None, 
                 if made.folder:
                     (plan.groups[path],) = _groups(made.folder.iterdir())
             tell(i, 1.0, plan.refused[path])
+        copies = plan.refuse_copies()
+        if copies:
+            progress(1.0, copies)
         return plan.finish()
 
 
@@ -134,10 +152,13 @@ def summary_line(reports: Sequence[Report]) -> str:
     parts = [f'{len(good)} episodes, {rows} rows']
     if rows:
         streams = [stream for details in good for stream in details['streams'].values()]
+        # What a stream may lose, such as the ticks a controller skips by design, would only alarm.
+        poor = [stream for stream in streams
+                if stream['lost_share'] > stream['lost_allowed'] or stream['dt_max_s'] > stream['dt_allowed_s']]
         share = 100 * sum(details['filled'] for details in good) / rows
         verdicts = {verdict: sum(details['verdict'] == verdict for details in good) for verdict in VERDICTS}
-        parts += [f'{share:.2g} % filled', f'{sum(stream["lost"] for stream in streams)} messages lost',
-                  f'{sum(stream["gaps"] for stream in streams)} gaps',
+        parts += [f'{share:.2g} % filled', f'{sum(stream["lost"] for stream in poor)} messages lost',
+                  f'{sum(stream["gaps"] for stream in poor)} gaps',
                   f'oldest sample {1e3 * max(stream["max_age_s"] for stream in streams):.0f} ms',
                   f'{sum(details["success"] is not True for details in good)} not labelled a success',
                   *(f'{count} {verdict}' for verdict, count in verdicts.items() if count)]
@@ -250,20 +271,32 @@ def _groups(folders: Iterable[Path]) -> list[_Group]:
     groups: dict[str, _Group] = {}
     for folder in folders:
         try:
-            meta = json.loads((folder / 'episode.json').read_text())
-        except (OSError, ValueError):
+            meta = read_episode(folder)
+        except DataError:
             continue
-        made = meta.get('conversion') or {'key': str(folder), 'place': '', 'part': 0, 'parts': 1, 'refused': []}
-        group = groups.setdefault(made['key'], _Group(made['key'], made['place'], meta.get('source') or str(folder), {},
+        made = meta.get('conversion')
+        if not isinstance(made, dict) or not all(isinstance(made.get(key), kind) for key, kind in ORIGIN.items()):
+            made = {'key': str(folder), 'place': '', 'part': 0, 'parts': 1, 'refused': []}
+        group = groups.setdefault(made['key'], _Group(made['key'], made['place'], meta['source'] or str(folder), {},
                                                       made['parts'], bool(meta.get('damage')), tuple(made['refused'])))
         group.parts[made['part']] = folder
     return list(groups.values())
 
 
+def _whole(group: _Group, info: DatasetInfo) -> bool:
+    """Whether all files of its episodes are what was written."""
+    try:
+        for folder in group.folders:
+            verify_episode(folder, info)
+    except DataError:
+        return False
+    return True
+
+
 class _Plan:
     """Which episodes make the dataset: those that are there, and those that are still to be made."""
 
-    def __init__(self, bags: dict[Path, str | BagError], out: Path, salvage: bool, prune: bool):
+    def __init__(self, bags: dict[Path, str | BagError], out: Path, info: DatasetInfo, salvage: bool, prune: bool):
         """bags: path → key, or why it cannot be read. Raises DataError if the dataset holds episodes of other bags that are
         not to be removed."""
         self.out, self.prune = out, prune
@@ -272,14 +305,15 @@ class _Plan:
         self.groups: dict[Path, _Group] = {}
         self.refused: dict[Path, tuple[str, ...]] = {}
         self.todo: dict[Path, dict[str, str]] = {}
-        present = _groups([*self.episodes.glob('[0-9]*'), *self.staging.glob('*/*')])
+        staged = [folder for folder in self.staging.glob('*/*') if folder.name.isdecimal()]
+        present = _groups([*episode_folders(out), *staged])
         others = sorted({group.source for group in present
                          if group.key not in bags.values() and group.place not in self.places.values()})
         if others and not prune:
             raise DataError(f'{out}: holds episodes of other bags ({", ".join(others[:3])}{", …" if len(others) > 3 else ""}); '
                             'give those bags too, remove the episodes with --prune, or give another folder', 'E301')
-        usable = {group.key: group for group in present
-                  if len(group.parts) == group.count and (salvage or not group.damaged)}
+        usable = {group.key: group for group in present if group.key in bags.values()
+                  and len(group.parts) == group.count and (salvage or not group.damaged) and _whole(group, info)}
         first: dict[str, Path] = {}
         for path, key in bags.items():
             if isinstance(key, BagError):
@@ -294,6 +328,23 @@ class _Plan:
         self.staging.mkdir(exist_ok=True)
         for unfinished in self.staging.glob('work-*'):
             shutil.rmtree(unfinished)
+
+    def refuse_copies(self) -> tuple[str, ...]:
+        """Leave out what another bag gave already, as a copy under another name does; returns why."""
+        first: dict[str, Path] = {}
+        reasons = []
+        for path in self.places:
+            group, copied = self.groups.get(path), {}
+            for number, folder in group.parts.items() if group else ():
+                other = first.setdefault(read_episode(folder)['content'], path)
+                if other != path:
+                    copied[number] = other
+            for other in dict.fromkeys(copied.values()):
+                reasons.append(f'E303 {path}: the same recording as {other}')
+                self.refused[path] = (*self.refused[path], reasons[-1])
+            for number in copied:
+                del group.parts[number]
+        return tuple(reasons)
 
     def finish(self) -> list[Report]:
         """Number the episodes in the order of the bags, and remove all others."""
@@ -321,7 +372,7 @@ class _Plan:
             if folder.parent == self.episodes and int(folder.name) != i:
                 folders[i] = Path(tempfile.mkdtemp(prefix='moved-', dir=self.staging)) / '0'
                 os.rename(folder, folders[i])
-        for folder in set(self.episodes.glob('[0-9]*')) - set(folders):
+        for folder in set(episode_folders(self.out)) - set(folders):
             remove_episode(self.out, int(folder.name))
         for i, folder in enumerate(folders):
             if folder.parent != self.episodes:

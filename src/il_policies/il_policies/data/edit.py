@@ -26,22 +26,31 @@ PARTS = 'valid: NAME=0.9 (a share), NAME=0-49,60 (episodes), NAME=verdict:FAIL (
 def merge(sources: Sequence[str | Path], out: str | Path) -> tuple[Dataset, list[str]]:
     """Make a dataset of all episodes of others, numbered in the order given.
 
-    An episode that occurs several times is taken once. Returns the dataset and the folders of those left out.
-    Raises DataError if the datasets differ in more than their episodes, or `out` exists; then nothing is written.
+    An episode that occurs several times is taken once, and of its copies one that is not damaged. Returns the dataset and
+    the folders of those left out. Raises DataError if the datasets differ in more than their episodes, one is damaged and
+    has no whole copy, or `out` exists; then nothing is written.
     """
     datasets, out = [Dataset(source) for source in sources], Path(out)
     if not datasets:
         raise DataError('no datasets given', 'E302')
     for dataset in datasets[1:]:
         _require_equal(dataset, datasets[0])
-    taken: dict[str, Path] = {}
+    taken: dict[str, Path | DataError] = {}
     left_out = []
     for dataset in datasets:
-        for folder, meta in zip(dataset.folders, dataset.episodes):
-            if meta['content'] in taken:
+        for i, (folder, meta) in enumerate(zip(dataset.folders, dataset.episodes)):
+            if isinstance(taken.get(meta['content']), Path):
                 left_out.append(str(folder))
-            else:
+                continue
+            try:
+                dataset.verify(i)
                 taken[meta['content']] = folder
+            except DataError as error:
+                taken.setdefault(meta['content'], error)
+                left_out.append(str(folder))
+    for damaged in taken.values():
+        if isinstance(damaged, DataError):
+            raise damaged
     with durable.new_folder(require_new(out)) as folder:
         _fill(folder, datasets[0].info, list(taken.values()), f'merging to {out}')
     return Dataset(out), left_out
@@ -53,10 +62,13 @@ def split(source: str | Path, out: str | Path, parts: Sequence[str], seed: int =
     WHAT is a share, such as 0.9, drawn at random by `seed` from the episodes that no part names; indices of episodes, such
     as 0-49,60; FIELD:VALUE, such as success:False or verdict:FAIL, of those not taken by a part before; or `rest`: all that
     is left. Each part numbers its episodes from 0, in their order.
-    Raises DataError if a part is unclear, empty, or names an episode of another, or `out` exists; then nothing is written.
+    Raises DataError if a part is unclear, empty, names an episode of another or one that is damaged, or `out` exists; then
+    nothing is written.
     """
     dataset, out = Dataset(source), require_new(out)
     chosen = choose_parts(dataset, parts, seed)
+    for i in sorted(place for places in chosen.values() for place in places):
+        dataset.verify(i)
     with durable.new_folder(out) as folder:
         for name, places in chosen.items():
             _fill(folder / name, dataset.info, [dataset.folders[i] for i in places], f'splitting to {out / name}')

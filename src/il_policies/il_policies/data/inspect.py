@@ -120,8 +120,8 @@ class Inspection:
 def inspect_dataset(dataset: Dataset, progress: Callable[[float], None] = lambda share: None) -> Inspection:
     """Every episode of a dataset, by the reports it was made with; imported episodes without one are judged by their rows.
 
-    progress is called with the share that is done. Raises DataError if something cannot be read or there is no episode,
-    ContractError if the dataset's contract is not valid.
+    An episode that is damaged is a FAIL. progress is called with the share that is done. Raises DataError if the dataset
+    cannot be opened or there is no episode, ContractError if its contract is not valid.
     """
     if not len(dataset):
         raise DataError(f'{dataset.path}: no episodes to look at', 'E302')
@@ -129,15 +129,21 @@ def inspect_dataset(dataset: Dataset, progress: Callable[[float], None] = lambda
     axes = _axes(contract) if contract else tuple(Axis(name) for name in dataset.info.action.names)
     episodes = []
     for i, meta in enumerate(dataset.episodes):
-        lowdim, report = dataset.lowdim(i), dataset.report(i)
-        if 'verdict' not in report:
-            report = report | quality.assess_rows(dataset.info, lowdim)
-        frames = {name: tuple(_thumbnail(dataset.image(i, name, t)) for t in (0, len(lowdim['stamp']) - 1))
-                  for name in dataset.info.images}
-        episodes.append(Episode(
-            f'{meta["index"]} {meta["source"]}'.strip(), meta['task'], {'success': meta['success'], **report}, axes,
-            (lowdim['stamp'] - report['first_ns']) / SECOND, lowdim['filled'], lowdim['action'],
-            quality.state_of(dataset.info, lowdim), frames))
+        name = f'{meta["index"]} {meta["source"]}'.strip()
+        try:
+            dataset.verify(i)
+            lowdim, report = dataset.lowdim(i), dataset.report(i)
+            if 'verdict' not in report:
+                report = report | quality.assess_rows(dataset.info, lowdim)
+            frames = {camera: tuple(_thumbnail(dataset.image(i, camera, t)) for t in (0, len(lowdim['stamp']) - 1))
+                      for camera in dataset.info.images}
+            episodes.append(Episode(
+                name, meta['task'], {'success': meta['success'], **report}, axes,
+                (lowdim['stamp'] - report['first_ns']) / SECOND, lowdim['filled'], lowdim['action'],
+                quality.state_of(dataset.info, lowdim), frames))
+        except DataError as error:
+            refused = quality.refusal(_without(dataset.folders[i], error))
+            episodes.append(Episode(name, meta['task'], {'success': meta['success'], **refused}))
         progress((i + 1) / len(dataset))
     return Inspection(dataset.path.resolve().name, contract.robot if contract else '', dataset.info.contract_hash or '',
                       dataset.info.fps, episodes)

@@ -149,7 +149,8 @@ def _rules(fps: float | None) -> str:
         (FAIL, f'a stream is silent for more than {duration(quality.GAP_FAIL)} and its max age; more than '
                f'{percent(quality.FILLED_FAIL)} of the rows repeat something; an image stands still for more than '
                f'{duration(quality.FROZEN_FAIL)} while the arm moves (in simulation: WARN); stamps are more than '
-               f'{quality.CLOCK_FAIL:g} s off, or ahead of their arrival by more than a row; the action never changes; a value is not finite; the converter refuses it.'),
+               f'{quality.CLOCK_FAIL:g} s off, or ahead of their arrival by more than a row; the action never changes; a '
+               'value is not finite; the converter refuses it.'),
         (WARN, f'more than {percent(quality.LOST_WARN)} of a stream’s messages are lost ({percent(quality.LOST_FAST_WARN)} if it '
                f'is twice as fast as the rows), {percent(quality.DISORDER_WARN)} of its stamps are doubled or go back, '
                f'{percent(quality.COPIES_WARN)} of its images are copies, {percent(quality.FILLED_WARN)} of the rows repeat '

@@ -133,6 +133,7 @@ class DatasetInfo:
 def create(path: str | Path, info: DatasetInfo) -> None:
     """Make an empty dataset, or open the same one for writing: what a killed writer left in between is put right.
 
+    A dataset without episodes gives way to another one, of another contract for example.
     Raises DataError if the folder holds another dataset or other files.
     """
     path = Path(path)
@@ -140,8 +141,10 @@ def create(path: str | Path, info: DatasetInfo) -> None:
         present = _read_info(path).to_dict()
         wanted = info.to_dict()
         other = [key for key in wanted if wanted[key] != present[key]]
-        if other:
+        if other and (episode_folders(path) or any((path / 'episodes').glob('.*.old'))):
             raise DataError(f'{path}: holds a dataset with another {", ".join(other)}; give another folder', 'E301')
+        if other:
+            durable.replace(path / 'dataset.json', json.dumps(wanted, indent=1).encode())
         _recover(path / 'episodes')
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -155,7 +158,15 @@ def require_new(out: str | Path) -> Path:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f'{out}: exists already; remove it or give another folder', 'E301')
+    if out.resolve() == Path.cwd():  # who is in it would stay in the folder that was there before
+        raise DataError(f'{out}: is the folder you are in, and would be replaced; give a new folder', 'E301')
     return out
+
+
+def episode_folders(path: str | Path) -> list[Path]:
+    """Folders of the episodes of a dataset, by their numbers. Other names, such as those of backups, are no episodes."""
+    folders = [folder for folder in (Path(path) / 'episodes').glob('[0-9]*') if folder.name.isdecimal()]
+    return sorted(folders, key=lambda folder: int(folder.name))
 
 
 def write_episode(path: str | Path, index: int, lowdim: dict[str, np.ndarray], action: np.ndarray,
@@ -195,7 +206,7 @@ def write_episode_folder(folder: str | Path, info: DatasetInfo, lowdim: dict[str
             raise DataError(f'{where}: {what} features are {sorted(given)}, must be {sorted(valid)}', 'E303')
     columns = {name: (lowdim[name], info.features[name].shape[0]) for name in info.lowdim}
     columns['action'] = (action, len(info.action.names))
-    content = hashlib.sha256()
+    stored = {'stamp': stamps, 'filled': filled}
     table = {'stamp': pa.array(stamps)}
     for name, (values, D) in columns.items():
         with np.errstate(over='ignore'):  # beyond float32 becomes infinite and is refused below
@@ -206,25 +217,24 @@ def write_episode_folder(folder: str | Path, info: DatasetInfo, lowdim: dict[str
             row = int(np.argmin(np.isfinite(values).all(axis=1)))
             raise DataError(f'{where}: {name} is not finite in row {row}', 'E205')
         table[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), D)
-        content.update(name.encode() + values.tobytes())
+        stored[name] = values
     table['filled'] = pa.array(filled)
-    content.update(stamps.tobytes() + filled.tobytes())
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
+        digests = {}
         if info.images:
             (folder / 'images').mkdir()
             for name, (spans, digest) in _write_images(folder / 'images', info, images, T, where).items():
                 table[name] = pa.FixedSizeListArray.from_arrays(pa.array(spans.ravel()), 2)
-                content.update(name.encode() + digest)
+                digests[name] = digest
             durable.sync(folder / 'images')
         # Measurements hardly repeat: dictionaries of them cost memory, and a quarter more on disk.
         pq.write_table(pa.table(table), folder / 'lowdim.parquet', use_dictionary=False, row_group_size=1000)
         durable.sync(folder / 'lowdim.parquet')
         meta = {'task': '', 'success': None, 'source': '', **meta, 'length': T}
-        content.update(json.dumps([meta['task'], meta['success']]).encode())
-        meta['content'] = content.hexdigest()
+        meta['content'] = _content(info, stored, digests, meta)
         durable.write(folder / 'report.json', json.dumps(report, indent=1).encode())
         durable.write(folder / 'episode.json', json.dumps(meta, indent=1).encode())
         durable.sync(folder)
@@ -232,6 +242,18 @@ def write_episode_folder(folder: str | Path, info: DatasetInfo, lowdim: dict[str
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return meta
+
+
+def _content(info: DatasetInfo, table: dict[str, np.ndarray], digests: dict[str, bytes], meta: dict) -> str:
+    """SHA-256 of all that makes an episode. table: as of `Dataset.lowdim`. digests: image feature → SHA-256 of its file."""
+    content = hashlib.sha256()
+    for name in (*info.lowdim, 'action'):
+        content.update(name.encode() + table[name].tobytes())
+    content.update(table['stamp'].tobytes() + table['filled'].tobytes())
+    for name in info.images:
+        content.update(name.encode() + digests[name])
+    content.update(json.dumps([meta['task'], meta['success']]).encode())
+    return content.hexdigest()
 
 
 def _write_images(folder: Path, info: DatasetInfo, images: dict[str, Iterable[bytes]], T: int,
@@ -282,17 +304,50 @@ def remove_episode(path: str | Path, index: int) -> None:
     shutil.rmtree(removed)
 
 
+def verify_episode(folder: str | Path, info: DatasetInfo) -> dict:
+    """Read all files of an episode, wherever it lies, and compare them with the hash of what was written.
+
+    Returns its description. Raises DataError (E302) naming what is damaged.
+    """
+    folder = Path(folder)
+    meta = read_episode(folder)
+    _read_json(folder / 'report.json')
+    table = _read_table(folder, meta, ('stamp', 'filled', 'action', *info.lowdim, *info.images))
+    digests = {}
+    for name in info.images:
+        file = folder / 'images' / f'{name}{SUFFIX[info.features[name].kind]}'
+        digest, size = hashlib.sha256(), 0
+        try:
+            with open(file, 'rb') as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
+                    size += len(block)
+        except OSError as error:
+            raise DataError(f'{file}: not readable: {error.strerror}; convert its bag again', 'E302') from None
+        ends = table[name].ravel().tolist()  # end to end: each image begins where the one before it ends
+        if ends[0] != 0 or ends[1:-1:2] != ends[2::2]:
+            raise DataError(f'{folder / "lowdim.parquet"}: the places of the images of {name} are damaged; '
+                            'convert its bag again', 'E302')
+        if size != ends[-1]:
+            raise DataError(f'{file}: {size} bytes, not the {ends[-1]} of its images; convert its bag again', 'E302')
+        digests[name] = digest.digest()
+    if _content(info, table, digests, meta) != meta['content']:
+        files = ['lowdim.parquet', *(f'images/{name}{SUFFIX[info.features[name].kind]}' for name in info.images)]
+        raise DataError(f'{folder}: not what was written; {" or ".join(files)} or episode.json is damaged; '
+                        'convert its bag again', 'E302')
+    return meta
+
+
 class Dataset:
     """A dataset opened for reading. Episodes are addressed by their place in `episodes`. Safe to use from threads."""
 
     def __init__(self, path: str | Path):
-        """Read the descriptions. Raises DataError if there is no dataset."""
+        """Read the descriptions. Raises DataError if there is no dataset, or an episode has none."""
         self.path = Path(path)
         self.info = _read_info(self.path)
-        folders = [p for p in (self.path / 'episodes').glob('[0-9]*') if p.name.isdecimal() and (p / 'episode.json').exists()]
-        self.folders = sorted(folders, key=lambda folder: int(folder.name))
+        self.folders = episode_folders(self.path)
         """Folder of each episode."""
-        self.episodes: list[dict] = [_read_episode(folder) for folder in self.folders]
+        self.episodes: list[dict] = [read_episode(folder) for folder in self.folders]
         """What is known about each episode (index, length, task, success, source, content, …), sorted by index."""
         self._images: dict[tuple[int, str], tuple[str, np.ndarray]] = {}
 
@@ -333,6 +388,10 @@ class Dataset:
         """Quality report of episode i."""
         return _read_json(self.folders[i] / 'report.json')
 
+    def verify(self, i: int) -> None:
+        """Compare all of episode i with what was written. Raises DataError (E302) naming what is damaged."""
+        verify_episode(self.folders[i], self.info)
+
     @property
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 of all content; the same wherever and whenever it was written."""
@@ -347,17 +406,7 @@ class Dataset:
         return str(file), self._table(i, (feature,))[feature]
 
     def _table(self, i: int, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Columns of an episode: (T,), or (T, D) for lists."""
-        file = self.folders[i] / 'lowdim.parquet'
-        try:
-            table = pq.read_table(file, columns=list(names))
-            columns = {name: table[name].combine_chunks() for name in names}
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise DataError(f'{file}: not readable: {error}', 'E302') from None
-        if len(table) != self.episodes[i]['length']:
-            raise DataError(f'{file}: {len(table)} rows, but episode.json says {self.episodes[i]["length"]}', 'E302')
-        return {name: (column.flatten().to_numpy().reshape(len(table), -1) if pa.types.is_fixed_size_list(column.type)
-                       else column.to_numpy(zero_copy_only=False)) for name, column in columns.items()}
+        return _read_table(self.folders[i], self.episodes[i], names)
 
 
 def _recover(episodes: Path) -> None:
@@ -382,12 +431,35 @@ def _read_info(path: Path) -> DatasetInfo:
         raise DataError(str(error), 'E302') from None
 
 
-def _read_episode(folder: Path) -> dict:
-    meta = _read_json(folder / 'episode.json')
+def read_episode(folder: Path) -> dict:
+    """What is known about an episode: its index, and the content of episode.json. Raises DataError (E302)."""
+    file = folder / 'episode.json'
+    if not file.exists():
+        raise DataError(f'{folder}: no whole episode (episode.json is absent); convert its bag again, or remove the folder',
+                        'E302')
+    meta = _read_json(file)
     missing = [key for key in ('length', 'content') if key not in meta]
     if missing:
-        raise DataError(f'{folder / "episode.json"}: no {", ".join(missing)}', 'E302')
-    return {'index': int(folder.name), **meta}
+        raise DataError(f'{file}: no {", ".join(missing)}; convert its bag again', 'E302')
+    if type(meta['length']) is not int or meta['length'] < 1 or not isinstance(meta['content'], str):
+        raise DataError(f'{file}: length {meta["length"]!r} with content {meta["content"]!r}; convert its bag again', 'E302')
+    return {'index': int(folder.name), 'task': '', 'success': None, 'source': '', **meta}
+
+
+def _read_table(folder: Path, meta: dict, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Columns of an episode: (T,), or (T, D) for lists."""
+    file = folder / 'lowdim.parquet'
+    try:
+        table = pq.read_table(file, columns=list(names))
+        columns = {name: table[name].combine_chunks() for name in names}
+        if len(table) != meta['length']:
+            raise DataError(f'{file}: {len(table)} rows, but episode.json says {meta["length"]}; convert its bag again', 'E302')
+        return {name: (column.flatten().to_numpy().reshape(len(table), -1) if pa.types.is_fixed_size_list(column.type)
+                       else column.to_numpy(zero_copy_only=False)) for name, column in columns.items()}
+    except DataError:
+        raise
+    except (OSError, ValueError, pa.ArrowException, KeyError) as error:
+        raise DataError(f'{file}: not readable: {error}; convert its bag again', 'E302') from None
 
 
 def _read_json(file: Path) -> dict:

@@ -31,10 +31,9 @@ import pyarrow.parquet as pq
 
 from il_policies import durable
 from il_policies.contract import ContractError, from_dict
-from il_policies.data.decode import jpeg_size
+from il_policies.data.decode import encode_jpeg, jpeg_size
 from il_policies.data.errors import DataError
-from il_policies.data.store import RESERVED, ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode
-from il_policies.exchange.arrays import encode_jpeg, require_new
+from il_policies.data.store import RESERVED, ActionInfo, Dataset, DatasetInfo, Feature, create, require_new, write_episode
 from il_policies.exchange.video import VideoReader, VideoWriter, encode, frame_rate
 
 VERSION = 'v3.0'
@@ -151,11 +150,14 @@ def export_lerobot(dataset: Dataset, out: str | Path, config: ExportConfig = Exp
     """Write a dataset in LeRobot's format at `out`; all of it or, on an error, nothing. Returns the content of info.json.
 
     progress is called with the share that is done.
-    Raises DataError if `out` exists, the dataset is empty or unreadable, or the configuration does not fit it.
+    Raises DataError if `out` exists, the dataset is empty or damaged, or the configuration does not fit it.
     """
     if not dataset.episodes:
         raise DataError(f'{dataset.path}: no episodes to export', 'E302')
     columns = Columns.choose(dataset.info, config, str(dataset.path))
+    require_new(out)
+    for i in range(len(dataset)):
+        dataset.verify(i)
     with durable.new_folder(require_new(out)) as root:
         description = _Export(dataset, root, config, columns).run(progress or (lambda share: None))
         for folder, _, files in os.walk(root, topdown=False):
@@ -437,6 +439,8 @@ class _Import:
             span = slice(episode['dataset_from_index'], episode['dataset_to_index'])
             stamps, filled = (self.ours[key].to_numpy()[span] for key in ('stamp', 'filled'))
             meta, report = {**self.ours['episodes'][e]['meta']}, self.ours['episodes'][e]['report']
+        if self.videos:
+            meta.pop('conversion', None)  # images out of a video are not those that a conversion of the bag makes
         images = {name: self._frames(name, key, episode, times) if name in self.videos
                   else _embedded(table[key], f'{where}: {key}') for name, key in self.columns.cameras.items()}
         index = meta.pop('index', e)
