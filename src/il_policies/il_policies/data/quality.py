@@ -32,7 +32,7 @@ JITTER_WARN = 0.5
 RATE_WARN = 0.05
 """A stream may be this much slower than declared."""
 DISORDER_WARN = 0.01
-"""Share of stamps that are doubled or go back."""
+"""Share of stamps that are doubled, go back, or are ahead of their arrival by more than a row."""
 SKEW_WARN, SKEW_FRAMES_WARN = 0.5, 1.25
 """Images of a row may be apart by this share of a row's period, or by so many frames of the slowest camera."""
 DRIFT_WARN = 0.5
@@ -478,7 +478,7 @@ def _clock_report(name: str, stream: Stream, stamps: np.ndarray, latency: np.nda
         faults.append((FAIL if middle < -ahead_allowed else WARN,
                        f'{name}: stamps are {duration(-middle)} ahead of the arrival; set the clock of its sender, or correct '
                        '`latency` in the contract'))
-    elif far_ahead:
+    elif far_ahead > DISORDER_WARN * len(latency):
         faults.append((WARN, f'{name}: {far_ahead} of {len(latency)} stamps are up to {duration(-latency.min())} ahead of the '
                              'arrival'))
     elif report['latency_p95_s'] > stream.max_age:
