@@ -9,6 +9,7 @@ from il_policies.sim.reach_around import DESCRIPTION
 
 
 def test_descriptions_are_found_in_ament_prefixes_first(tmp_path, monkeypatch):
+    monkeypatch.setenv('AMENT_PREFIX_PATH', '')  # whatever workspaces are sourced
     wheel = resolve(DESCRIPTION)
     assert wheel.name == 'so101.urdf'
     urdf = tmp_path / 'share/example_robot_data/robots/so_arm_description/urdf/so101.urdf'
