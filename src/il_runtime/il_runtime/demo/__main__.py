@@ -24,6 +24,7 @@ from il_runtime.demo.stages import (
     closed_loop,
     console,
     loop_facts,
+    loop_line,
     machine,
     record,
     to_dataset,
@@ -92,13 +93,11 @@ def show(results: dict) -> None:
     left, one = results['studies']['bc_left'], results['studies']['flow_one_start']
     table.add_row('BC, one side only', '', f'{left["successes"]}/{left["episodes"]}', str(left['touched']))
     console.print(table)
-    fresh, warm, loop = results['studies']['fresh_average'], results['studies']['warm_start'], results['controller']
+    fresh, warm = results['studies']['fresh_average'], results['studies']['warm_start']
     console.print(f'     Flow from one start, {one["episodes"]} draws: {one["left"]} left, {one["right"]} right\n'
                   f'     Averaged chunks: fresh noise {fresh["successes"]}/{fresh["episodes"]}, '
                   f'warm start {warm["successes"]}/{warm["episodes"]}\n'
-                  f'     50 Hz loop ({loop["scheduler"]}): lateness p50 {loop["lateness_p50_ms"]} ms, '
-                  f'p99 {loop["lateness_p99_ms"]} ms, max {loop["lateness_max_ms"]} ms; '
-                  f'{loop["missed_ticks"]} of {loop["ticks"]} ticks missed; {loop["limit_violations"]} limit violations')
+                  f'     {loop_line(results["controller"])}')
 
 
 def demo(out: Path, config: Path, setup_s: float) -> None:

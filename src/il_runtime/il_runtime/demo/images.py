@@ -16,6 +16,7 @@ from il_runtime.demo.stages import (
     closed_loop,
     console,
     loop_facts,
+    loop_line,
     machine,
     record,
     to_dataset,
@@ -69,11 +70,8 @@ def show(results: dict) -> None:
                          ('in lock-step, images of other episodes', shuffled)):
         table.add_row(name, f'{counts["successes"]}/{counts["episodes"]}', str(counts['touched']))
     console.print(table)
-    loop = results['controller']
     console.print(f'     Chance: {100 * results["chance"]:.0f} % of goals lie within tolerance of another episode\'s\n'
-                  f'     50 Hz loop ({loop["scheduler"]}): lateness p50 {loop["lateness_p50_ms"]} ms, p99 '
-                  f'{loop["lateness_p99_ms"]} ms, max {loop["lateness_max_ms"]} ms; {loop["missed_ticks"]} of '
-                  f'{loop["ticks"]} ticks missed; {loop["limit_violations"]} limit violations')
+                  f'     {loop_line(results["controller"])}')
 
 
 def demo_images(out: Path, config: Path, setup_s: float) -> None:

@@ -199,3 +199,10 @@ def write_json(path: Path, data: dict) -> None:
     part = path.with_suffix('.part')
     part.write_text(json.dumps(data, indent=1))
     part.replace(path)
+
+
+def loop_line(loop: dict) -> str:
+    """How punctual the 50 Hz loop was, in words; loop: `controller` of results.json."""
+    return (f'50 Hz loop ({loop["scheduler"]}): lateness p50 {loop["lateness_p50_ms"]} ms, p99 {loop["lateness_p99_ms"]} ms, '
+            f'max {loop["lateness_max_ms"]} ms; {loop["missed_ticks"]} of {loop["ticks"]} ticks missed; '
+            f'{loop["limit_violations"]} limit violations')
