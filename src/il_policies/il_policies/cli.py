@@ -247,6 +247,46 @@ def inspect(source: Annotated[tuple[Path, ...], tyro.conf.Positional,
         raise SystemExit(1)
 
 
+def check(things: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar='CONTRACT|BAG|DATASET|CHECKPOINT …')],
+          contract: Path | None = None, bag: tyro.conf.UseAppendAction[tuple[Path, ...]] = (), dataset: Path | None = None,
+          checkpoint: Path | None = None, live: tyro.conf.FlagCreatePairsOff[bool] = False, seconds: float = 5.0,
+          namespace: str = '/', json_file: Annotated[Path | None, tyro.conf.arg(name='json')] = None) -> None:
+    """Do contract, robot, bags, dataset and checkpoint fit together? Every mismatch is explained, with its fix.
+
+    il check config/robots/my_arm.yaml --live; il check my_arm.yaml bags my_dataset my_policy --live. All is compared with the
+    contract; where none is given, with the one that dataset, checkpoint or bag carries. Exit code 0: no FAIL; 1: some; 2:
+    nothing that can be looked at.
+
+    Args:
+        things: What to compare: a contract, bags or folders of bags, datasets, checkpoints, in any order.
+        contract: Contract of the robot: config/robots/<robot>.yaml.
+        bag: Bag or folder of bags; may be repeated.
+        dataset: Dataset.
+        checkpoint: Checkpoint.
+        live: Listen to what runs now: topics, types, QoS, rates, stamps, names, units (needs ROS 2; moves nothing).
+        seconds: Live: how long to listen [s].
+        namespace: Live: namespace in which the nodes will run, such as /left.
+        json_file: File to write: all findings as JSON.
+    """
+    from rich.console import Console
+
+    from il_policies.check import command
+    from il_policies.check.findings import show
+
+    if not 0.5 <= seconds <= 3600.0:
+        raise command.CheckError(f'seconds is {seconds:g}, must be 0.5 to 3600')
+    given = [*([contract] if contract else []), *things, *bag, *([dataset] if dataset else []),
+             *([checkpoint] if checkpoint else [])]
+    with _bar('checking') as progress:
+        report = command.check(given, (lambda robot: command.listen(robot, seconds, namespace)) if live else None, progress)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report.to_dict(), indent=1), encoding='utf-8')
+    show(report, Console(highlight=False))
+    if report.count('FAIL'):
+        raise SystemExit(1)
+
+
 def train(argv: list[str]) -> None:
     """Train a policy on a dataset (a function of the arguments: a preset changes the defaults of the others)."""
     from il_policies.contract import from_dict, load_yaml
@@ -297,6 +337,18 @@ def evaluate(checkpoint: Annotated[Path, tyro.conf.Positional], task: str, episo
                     for key, value in result.items() if not isinstance(value, (list, dict))))
 
 
+def urdf(contract: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Print the description of a robot, as robot_state_publisher wants it.
+
+    Args:
+        contract: The robot's contract, a YAML file.
+    """
+    from il_policies.contract import load_contract
+    from il_policies.description import resolve
+
+    print(resolve(load_contract(contract).description).read_text())
+
+
 def _percent(fraction: float) -> None:
     if sys.stderr.isatty():
         print(f'\r{100 * fraction:3.0f} %', end='\n' if fraction >= 1.0 else '', file=sys.stderr, flush=True)
@@ -309,10 +361,12 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     'import lerobot': (import_lerobot, 'LeRobot dataset (v3.0) → dataset'),
     'export lerobot': (export_lerobot, 'dataset → LeRobot dataset (v3.0)'),
     'inspect': (inspect, 'bags or dataset → what is in it and whether it is any good'),
+    'check': (check, 'contract, robot, bags, dataset, checkpoint → do they fit, and what to do where not'),
     'merge': (merge, 'datasets → one dataset'),
     'split': (split, 'dataset → several, by share or by episode'),
     'train': (train, 'dataset → checkpoint'),
     'evaluate': (evaluate, 'checkpoint → score in a simulated task'),
+    'urdf': (urdf, 'contract → description of the robot, for robot_state_publisher'),
 }
 HELP = ('usage: il COMMAND [--help] …\n\n'
         + ''.join(f'  il {name:<16} {what}\n' for name, (_, what) in COMMANDS.items())

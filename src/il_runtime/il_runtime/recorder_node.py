@@ -23,6 +23,7 @@ from std_msgs.msg import String
 from il_policies.bags.writer import BagWriter
 from il_policies.contract import load_contract
 from il_policies.data.errors import BagError
+from il_policies.data.quality import RATE_TOLERANCE
 from il_runtime.ring import Message, Span
 from il_runtime.ros import Terminal, be_nice, declare, run
 from il_runtime.tap import Tap, warn_of_cut_short
@@ -79,8 +80,8 @@ class RecorderNode(Node):
         output = declare(self, 'output', 'bags', 'folder in which each episode becomes a bag')
         self.task = declare(self, 'task', '', 'what is done, in words, where whoever starts an episode does not say')
         self.min_free = declare(self, 'min_free', 1.0, 'with less than this free on the disk, recording ends [GiB]', 0.0, 1e6)
-        self.tolerance = declare(self, 'rate_tolerance', 0.15, 'how far the rate of a stream may be from the declared one, as a '
-                                 'share of it', 0.01, 100.0)
+        self.tolerance = declare(self, 'rate_tolerance', RATE_TOLERANCE, 'how far the rate of a stream may be from the declared '
+                                 'one, as a share of it', 0.01, 100.0)
         be_nice(self)
         self.contract = load_contract(contract)
         self.output = Path(output).expanduser().absolute()

@@ -17,6 +17,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
 from rclpy.subscription import Subscription
+from rclpy.topic_endpoint_info import TopicEndpointInfo
 from sensor_msgs.msg import JointState
 
 from il_policies.bags.writer import CONTRACT, add_definitions, cut_short, standard_types
@@ -147,18 +148,25 @@ class Tap:
                 lines.append(f'E211 {topic}: {off[topic]}; {self._offers(topic)}; correct its driver, or `rate` in the contract')
         return lines
 
+    def publishers(self, topic: str) -> list[tuple[TopicEndpointInfo, str]]:
+        """Who publishes a resolved topic, and why that does not reach the subscription here: '' if it does."""
+        found = []
+        for info in self._node.get_publishers_info_by_topic(topic):
+            compatible, reason = qos_check_compatible(info.qos_profile, self._subscribed[topic].qos_profile)
+            found.append((info, reason if compatible == QoSCompatibility.ERROR else ''))
+        return found
+
     def _offers(self, topic: str) -> str:
         """Who publishes a topic, with what QoS, and why that does not reach this subscription, if it does not."""
         offers = []
-        for info in self._node.get_publishers_info_by_topic(topic):
+        for info, incompatible in self.publishers(topic):
             qos = info.qos_profile
             offer = (f'{info.node_namespace.rstrip("/")}/{info.node_name} offers {qos.reliability.name.lower()}, '
                      f'{qos.durability.name.lower()}')
-            compatible, reason = qos_check_compatible(qos, self._subscribed[topic].qos_profile)
             if info.topic_type != self._topics[topic]:
                 offer += f', but of type {info.topic_type}: the contract says {self._topics[topic]}'
-            elif compatible == QoSCompatibility.ERROR:
-                offer += f', incompatible: {reason}'
+            elif incompatible:
+                offer += f', incompatible: {incompatible}'
             offers.append(offer)
         return ' and '.join(offers) or 'nobody publishes it: start its driver, or correct `topic` in the contract'
 

@@ -24,6 +24,8 @@ MIN_ROWS = 2
 """Fewer make no episode."""
 FOLLOWED = 0.1
 """Share of a frame's deviation by which the next tick's time follows it: a clock 1 % off is followed, jitter averaged out."""
+SAME_RATE = 0.01
+"""A camera is as fast as the rows, or k times so, if its rate is off by less than this share."""
 CLOCKS_APART = 1.0
 """Streams whose stamps differ by more from their arrivals, one from another, run on different clocks [s]."""
 
@@ -196,8 +198,8 @@ def camera_ticks(frames: np.ndarray, fps: float, rate: float) -> Ticks:
         return Ticks(frames, np.zeros(0, bool))
     period, frame = SECOND / fps, SECOND / rate
     measured = SECOND / typical_period(frames) if len(frames) > 1 else rate
-    every = abs(measured / fps - 1) <= 0.01
-    multiple = abs(measured / fps / max(round(measured / fps), 1) - 1) <= 0.01
+    every = abs(measured / fps - 1) <= SAME_RATE
+    multiple = abs(measured / fps / max(round(measured / fps), 1) - 1) <= SAME_RATE
     warnings = []
     if abs(measured / rate - 1) > 0.05:
         warnings.append(f'camera declared at {rate:g} Hz runs at {measured:.4g} Hz')

@@ -27,6 +27,21 @@ CODES = {
     'E401': 'a file to import cannot be read',
     'E402': 'a mapping does not fit the file',
     'E403': 'a folder that is no LeRobot dataset',
+    'E501': 'joints and links of the contract are not in its description',
+    'E502': 'limits are wider than those of the description',
+    'E503': 'values in another unit, or outside the limits',
+    'E504': 'publisher and subscription with incompatible QoS',
+    'E505': 'several publishers where one is meant',
+    'E506': 'nobody listens to an output',
+    'E507': 'max_age is shorter than the time between samples',
+    'E508': 'images of another size or shape',
+    'E509': 'contracts differ',
+    'E510': 'policy steps of another length',
+    'E511': 'an observed feature is missing, of another shape, or in another order',
+    'E512': 'joints of the action are others, or in another order',
+    'E513': 'actions are labelled otherwise',
+    'E514': 'a checkpoint was trained on another dataset',
+    'E515': 'values are far from those that the policy was trained on',
 }
 """Every code with what it stands for."""
 

@@ -31,6 +31,8 @@ JITTER_WARN = 0.5
 """95 % of a stream's steps deviate by less than this share of its period."""
 RATE_WARN = 0.05
 """A stream may be this much slower than declared."""
+RATE_TOLERANCE = 0.15
+"""With a rate further than this from the declared one, as a share of it, recording does not begin."""
 DISORDER_WARN = 0.01
 """Share of stamps that are doubled, go back, or are ahead of their arrival by more than a row."""
 SKEW_WARN, SKEW_FRAMES_WARN = 0.5, 1.25
@@ -373,7 +375,7 @@ def _streams_report(recording: Recording, begin: int, end: int, origin: int, row
     contract, records = recording.contract, recording.streams
     latencies = {name: (record.received - record.stamps) / SECOND for name, record in records.items()
                  if record.stream.clock != 'receive' and len(record.stamps)}
-    offset = _clock_offset(latencies, len(latencies) < len(records))
+    offset = clock_offset(latencies, len(latencies) < len(records))
     streams: dict[str, dict] = {}
     faults: Faults = []
     for name, record in records.items():
@@ -383,7 +385,7 @@ def _streams_report(recording: Recording, begin: int, end: int, origin: int, row
         # Of the camera that gives the ticks the alignment itself says that it runs at another rate.
         judged = rows is None or name not in contract.cameras[:1]
         slowest = contract.policy_rate if name == 'action' else record.stream.rate
-        parts = [_stream_report(name, record, record.stamps[inside], origin, contract.policy_rate, slowest if judged else 0.0)]
+        parts = [stream_report(name, record, record.stamps[inside], origin, contract.policy_rate, slowest if judged else 0.0)]
         if name in latencies:
             parts.append(_clock_report(name, record.stream, record.stamps[inside], latencies[name][inside], offset,
                                        contract.policy_rate))
@@ -397,7 +399,7 @@ def _streams_report(recording: Recording, begin: int, end: int, origin: int, row
     return streams, offset, faults
 
 
-def _stream_report(name: str, record: StreamRecord, stamps: np.ndarray, origin: int, fps: float,
+def stream_report(name: str, record: StreamRecord, stamps: np.ndarray, origin: int, fps: float,
                    slowest: float) -> tuple[dict, Faults]:
     """Of the stamps (N,) [ns] in order of arrival: rate, steps, gaps, an estimate of what was lost, disorder.
 
@@ -446,7 +448,7 @@ def _stream_report(name: str, record: StreamRecord, stamps: np.ndarray, origin: 
     return report, faults
 
 
-def _clock_offset(latencies: dict[str, np.ndarray], arrival_counts: bool) -> float | None:
+def clock_offset(latencies: dict[str, np.ndarray], arrival_counts: bool) -> float | None:
     """By how much all stamps lie behind the time of arrival [s] if that is a clock of its own, as with simulated time.
 
     arrival_counts: some stream is stamped by its arrival, so that all must be on that clock.

@@ -100,7 +100,7 @@ def read_recording(bag: Bag, contract: Contract, markers: str = '') -> Recording
     damaged bag (E101).
     """
     streams = streams_of(contract)
-    topics = _match_topics(bag, contract, streams)
+    topics = match_topics(bag, contract, streams)
     whole = Span(task=bag.about.get('task', ''), success={'true': True, 'false': False}.get(bag.about.get('success', '')))
     marks: list[tuple[int, str]] = []
     if markers:
@@ -204,7 +204,7 @@ class _Growing:
                             samples, digests)
 
 
-def _match_topics(bag: Bag, contract: Contract, streams: dict[str, Stream]) -> dict[str, str]:
+def match_topics(bag: Bag, contract: Contract, streams: dict[str, Stream]) -> dict[str, str]:
     """Stream name → topic in the bag: as the recorder noted it or as the contract names it in full, all others in one namespace.
 
     Suffixes matched one by one would pair the observations of one arm with the commands of another.
