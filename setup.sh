@@ -49,13 +49,20 @@ has_library() { ldconfig -p 2>/dev/null | grep -q "$1"; }
 command -v "$python" >/dev/null || fail "$python not found; install Python 3.10 to 3.13 or set PYTHON"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$python does not run"
 case $version in 3.10 | 3.11 | 3.12 | 3.13) ;; *) fail "Python $version is not supported; 3.10 to 3.13 are (set PYTHON=python3.11, say)" ;; esac
+case $PWD in *[[:space:]\"\'\&\#:]*) fail "colcon cannot build below '$PWD': move this folder to a path without spaces, quotes and & # :" ;; esac
 ros=${ROS_DISTRO:-}
-if [ -z "$ros" ] && [ "$(uname -m)" != x86_64 ]; then
-  fail "ROS 2 from PyPI exists for x86_64 only, this is $(uname -m); install ROS 2 and source its setup.bash first"
+if [ -z "$ros" ]; then
+  [ "$(uname -m)" = x86_64 ] ||
+    fail "ROS 2 from PyPI exists for x86_64 only, this is $(uname -m); install ROS 2 and source its setup.bash first"
+else
+  [ "${ROS_VERSION:-2}" = 2 ] || fail "ROS 1 ($ros) is sourced; start again in a shell without it, or with ROS 2"
+  "$python" -c 'import rclpy' 2>/dev/null ||
+    fail "ROS 2 $ros is sourced, but $(command -v "$python") (Python $version) cannot import its rclpy; set PYTHON=/usr/bin/python3, say"
 fi
 
 # Changes when a dependency, a message or an installed file is added; Python sources are linked and need no rebuild.
-fingerprint=$({ echo "$version $ros"; cat setup.sh src/*/requirements.txt src/*/package.xml src/*/setup.* src/*/CMakeLists.txt src/il_msgs/*/*
+made_for="${ros:-PyPI} $PWD $version"  # .venv serves one ROS 2, one place and one Python; env.sh looks at the first two
+fingerprint=$({ echo "$made_for"; cat setup.sh src/*/requirements.txt src/*/package.xml src/*/setup.* src/*/CMakeLists.txt src/il_msgs/*/*
   find launch config src/il_runtime/il_runtime -not -name '*.pyc' | LC_ALL=C sort; } | sha256sum | cut -c1-16)
 [ "${FRESH:-}" = 1 ] && rm -rf .venv build install
 if [ "$(cat .venv/ready 2>/dev/null || true)" = "$fingerprint" ]; then
@@ -74,14 +81,16 @@ command -v make >/dev/null || need_debian 'no make' make
   need_debian 'no OpenGL for headless rendering' libegl1 libgl1 libgl1-mesa-dri libglib2.0-0
 
 # --- .venv ------------------------------------------------------------------------------------------------------------
-if [ "$(cat .venv/made-for 2>/dev/null || true)" != "$version $ros" ]; then
+if [ "$(cat .venv/made-for 2>/dev/null || true)" != "$made_for" ]; then
+  [ ! -f .venv/made-for ] || say "starting over: .venv was made for $(cat .venv/made-for)"
   rm -rf .venv build install
   "$python" -m venv ${ros:+--system-site-packages} .venv >>"$log" 2>&1 || fail "could not create .venv, see $log"
-  echo "$version $ros" >.venv/made-for
+  echo "$made_for" >.venv/made-for
 fi
 if [ -n "$ros" ]; then
   # The distribution's cv_bridge decides the NumPy ABI; colcon comes from pip so that node scripts use .venv's Python.
-  if "$python" -c 'import numpy; assert numpy.__version__ < "2"' 2>/dev/null; then constraints+=('numpy<2'); fi
+  # pyarrow 26 refuses NumPy 1 when it is imported, not when it is installed.
+  if "$python" -c 'import numpy; assert numpy.__version__ < "2"' 2>/dev/null; then constraints+=('numpy<2' 'pyarrow<26'); fi
   printf '%s\n' "${constraints[@]}" >.venv/constraints.txt
   pip_install "build tools on ROS 2 $ros" "${build_tools[@]}"
 else
@@ -104,7 +113,7 @@ if [ -z "$ros" ]; then
   # The wheels' CMake files name the include folders of the host they were built on.
   python_include=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
   numpy_include=$("$venv/bin/python" -c 'import numpy; print(numpy.get_include())')
-  { grep -rlE '/opt/python/cp3' "$venv/share" --include='*.cmake' || true; } | xargs -r sed -i -E \
+  { grep -rlZE '/opt/python/cp3' "$venv/share" --include='*.cmake' || true; } | xargs -0r sed -i -E \
     "s#/opt/python/cp3[0-9]+-cp3[0-9]+/include/python3\.[0-9]+#$python_include#g; s#/opt/python/cp3[^;\"]*/numpy/_core/include#$numpy_include#g"
   export AMENT_PREFIX_PATH=$venv CMAKE_PREFIX_PATH=$venv
 fi
