@@ -1,13 +1,16 @@
-"""Kinematics of the robot a contract names: the pose of its end effector, and joint motion that moves it as asked."""
+"""Kinematics of the robot a contract names: the pose of its end effector, joint motion that moves it as asked, and where all of
+the arm is.
+"""
 from __future__ import annotations
 
 import numpy as np
 
 from il_policies.contract import Contract, ContractError
-from il_policies.description import load_spec  # before mujoco: it chooses how to render
+from il_policies.description import load_spec, root_link  # before mujoco: it chooses how to render
 
 # isort: split
 import mink
+import mujoco
 
 DAMPING = 0.1
 """What joint motion costs while moving, in steps asked for times the length of the arm: little, but near a singularity an
@@ -44,29 +47,19 @@ class Kinematics:
 
     def __init__(self, contract: Contract):
         """Raises ContractError or DescriptionError if description, end effector and joints do not fit together."""
-        spec = load_spec(contract.description)
-        links = {body.name: body for body in spec.bodies if body.parent is not None}
-        joints = {joint.name: joint for joint in spec.joints}
+        spec, links, joints = _described(contract)
         if contract.end_effector not in links:
-            raise ContractError(f'end_effector is {contract.end_effector!r}; links of {contract.description}: '
-                                f'{", ".join(links)}')
-        missing = [name for name in contract.action.joints if name not in joints]
-        if missing:
-            raise ContractError(f'action.joints {missing} are not in {contract.description}; joints there: {", ".join(joints)}')
-        chain = [links[contract.end_effector]]
-        while chain[-1].parent.parent is not None:
-            chain.append(chain[-1].parent)
+            raise _no_end_effector(contract, links)
+        chain = _chain(links[contract.end_effector])
         above = [joint.name for link in chain for joint in link.joints]
         moving = [name for name in contract.action.joints if name in above]
         if not moving:
             raise ContractError(f'end_effector {contract.end_effector!r} is moved by {above or "no joint"}, the action moves '
                                 f'{list(contract.action.joints)}')
-        still = [joint for name, joint in joints.items() if name not in moving]
-        for part in (*spec.geoms, *spec.meshes, *spec.equalities, *still):  # a mimic joint is an equality
-            spec.delete(part)
-        for link in links.values():  # a description for kinematics may do without masses, MuJoCo may not
-            link.mass, link.inertia, link.fullinertia, link.explicitinertial = 1.0, [1, 1, 1], [np.nan] * 6, True
-        model = spec.compile()
+        for name, joint in joints.items():
+            if name not in moving:
+                spec.delete(joint)
+        model = _compiled(spec)
         names = [model.joint(i).name for i in range(model.njnt)]
         by_name = {joint.name: joint for joint in contract.action_joints}
         lower, upper = np.array([by_name[name].position for name in names]).T
@@ -113,3 +106,108 @@ class Kinematics:
             position = configuration.get_transform_frame_to_world(self._end, 'body').translation()
         q[self._place] = np.clip(configuration.q, self._box.low, self._box.high)  # the solver is exact to 1e-6 only
         return q
+
+
+class Skeleton:
+    """Where the links are that the action's joints move, and the tips of its arms, in the frame of the description's root link.
+
+    A stick goes from each of these links to the nearest one of them before it, the first to the root. Meshes are not read.
+    Joints that mimic one follow it; others that are not in the action stay where `others` last saw them, at first at 0.
+    """
+
+    def __init__(self, contract: Contract):
+        """Raises ContractError or DescriptionError if description, end effector and joints do not fit together."""
+        spec, links, joints = _described(contract)
+        self.frame = root_link(contract.description)
+        """Name of the root link."""
+        followers = [(e.name1, e.name2, e.data[:2].copy()) for e in spec.equalities if e.type == mujoco.mjtEq.mjEQ_JOINT]
+        moved = {joint.parent.name: joint.name for joint in joints.values() if joint.name in contract.action.joints}
+        ends = [contract.end_effector] if contract.end_effector else _ends(contract, links)
+        if not set(ends) <= set(links):
+            raise _no_end_effector(contract, links)
+        self.links = tuple(name for name in links if name in moved or name in ends)
+        """Names of the links, K of them, each after those before it."""
+        self.tips = [self.links.index(name) for name in ends]
+        """Places of the tips among the links: the end effector, or without one, of every arm the last link that it moves."""
+        self.link_of = {joint: self.links.index(name) for name, joint in moved.items()}
+        """Joint of the action → place of the link it moves, whose origin it is."""
+        chains = {name: [link.name for link in _chain(links[name])[1:]] for name in self.links}
+        self.before = [next((self.links.index(link) for link in chains[name] if link in self.links), -1) for name in self.links]
+        """Of each link the place of the one before it; -1: the root."""
+        self.length = max(sum(np.linalg.norm(link.pos) for link in _chain(links[name])) for name in ends)
+        """Of the longest arm, stretched [m]."""
+        self._model = _compiled(spec)
+        self._data = mujoco.MjData(self._model)
+        self._body = [self._model.body(name).id for name in self.links]
+        place = {self._model.joint(i).name: self._model.jnt_qposadr[i] for i in range(self._model.njnt)}
+        self._place = [place[name] for name in contract.action.joints]
+        self._others = {name: at for name, at in place.items() if name not in contract.action.joints}
+        self._followers = [(place[name], place[leader], *data) for name, leader, data in followers]
+
+    def others(self, names, positions) -> None:
+        """Measured positions of any joints by name; those of the action are not looked at."""
+        for name, position in zip(names, positions):
+            if name in self._others:
+                self._data.qpos[self._others[name]] = position
+
+    def positions(self, q) -> np.ndarray:
+        """Origins of the links [m] at each of q, shape (N, D) in action order. Shape (N, K, 3)."""
+        model, data = self._model, self._data
+        found = np.empty((len(q), len(self._body), 3))
+        for n, pose in enumerate(q):
+            data.qpos[self._place] = pose
+            for follower, leader, offset, factor in self._followers:
+                data.qpos[follower] = offset + factor * data.qpos[leader]
+            mujoco.mj_kinematics(model, data)
+            found[n] = data.xpos[self._body]
+        return found
+
+
+def _described(contract: Contract) -> tuple[mujoco.MjSpec, dict, dict]:
+    """The description, its links and its joints by name. Raises DescriptionError, or ContractError if a joint is not there."""
+    spec = load_spec(contract.description)
+    links = {body.name: body for body in spec.bodies if body.parent is not None}
+    joints = {joint.name: joint for joint in spec.joints}
+    missing = [name for name in contract.action.joints if name not in joints]
+    if missing:
+        raise ContractError(f'action.joints {missing} are not in {contract.description}; joints there: {", ".join(joints)}')
+    return spec, links, joints
+
+
+def _no_end_effector(contract: Contract, links: dict) -> ContractError:
+    return ContractError(f'end_effector is {contract.end_effector!r}; links of {contract.description}: {", ".join(links)}')
+
+
+def _chain(link) -> list:
+    """A link and those before it, up to the root."""
+    chain = [link]
+    while chain[-1].parent.parent is not None:
+        chain.append(chain[-1].parent)
+    return chain
+
+
+def _ends(contract: Contract, links: dict) -> list[str]:
+    """Of each output the last link that its joints move: the one that most of them and fewest others do, furthest from the root.
+
+    An output of one or two joints that another one carries, such as a gripper, has none.
+    """
+    above = {name: [joint.name for part in _chain(link) for joint in part.joints] for name, link in links.items()}
+    ends = []
+    for output in contract.action.outputs:
+        own = output.joints or contract.action.joints
+        others = set(contract.action.joints) - set(own)
+        _, strangers, _, end = max((sum(name in own for name in above[link]), -sum(name in others for name in above[link]),
+                                    len(_chain(links[link])), link) for link in links)
+        if len(own) > 2 or not strangers:
+            ends.append(end)
+    return list(dict.fromkeys(ends))
+
+
+def _compiled(spec: mujoco.MjSpec) -> mujoco.MjModel:
+    """The model of links and joints alone: without meshes, which are not read then, and whatever the masses."""
+    for part in (*spec.geoms, *spec.meshes, *spec.equalities):  # a mimic joint is an equality
+        spec.delete(part)
+    for link in spec.bodies:  # a description for kinematics may do without masses, MuJoCo may not
+        if link.parent is not None:
+            link.mass, link.inertia, link.fullinertia, link.explicitinertial = 1.0, [1, 1, 1], [np.nan] * 6, True
+    return spec.compile()
