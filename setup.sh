@@ -62,7 +62,7 @@ fi
 
 # Changes when a dependency, a message or an installed file is added; Python sources are linked and need no rebuild.
 made_for="${ros:-PyPI} $PWD $version"  # .venv serves one ROS 2, one place and one Python; env.sh looks at the first two
-fingerprint=$({ echo "$made_for"; cat setup.sh src/*/requirements.txt src/*/package.xml src/*/setup.* src/*/CMakeLists.txt src/il_msgs/*/*
+fingerprint=$({ echo "$made_for"; cat setup.sh src/*/requirements.txt src/*/package.xml src/*/setup.* src/*/CMakeLists.txt src/*/*.dsv src/il_msgs/*/*
   find launch config src/il_runtime/il_runtime -not -name '*.pyc' | LC_ALL=C sort; } | sha256sum | cut -c1-16)
 [ "${FRESH:-}" = 1 ] && rm -rf .venv build install
 if [ "$(cat .venv/ready 2>/dev/null || true)" = "$fingerprint" ]; then
