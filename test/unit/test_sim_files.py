@@ -179,8 +179,10 @@ def test_the_bridge_brings_clock_and_camera_from_gazebo():
 
 # --- files that name files --------------------------------------------------------------------------------------------
 def test_every_file_of_the_simulation_is_named_and_every_named_file_exists():
-    text = '\n'.join(path.read_text() for path in (*SIM.iterdir(), LAUNCH / 'gazebo.launch.py'))
-    named = set(re.findall(r"(?:SIM, '|filename=\")([\w.]+\.(?:yaml|sdf|xacro))", text))
+    robots = (ROOT / 'config' / 'robots').iterdir()  # whose descriptions are here
+    text = '\n'.join(path.read_text() for path in (*SIM.iterdir(), *robots, LAUNCH / 'gazebo.launch.py'))
+    named = set(re.findall(r"(?:SIM, '|filename=\"|config/sim/)([\w.]+\.(?:yaml|sdf|xacro|urdf))", text))
+    named |= {f'{name}.xacro' for name in named if name.endswith('.urdf')}  # of which they are made
     there = {path.name for path in SIM.iterdir()}
     assert named == there
 

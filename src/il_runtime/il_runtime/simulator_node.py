@@ -1,5 +1,5 @@
-"""The reach-around task as a robot: joint states, goal, camera and task status out, commands in, on every topic and
-of every type that a contract's outputs may have.
+"""The robot of any contract, simulated: joint states and cameras out, commands in, on every topic and of every type that a
+contract's outputs may have; for the SO-101 the task reach_around with its goal and its status.
 
 Physics runs in a thread of its own on absolute deadlines; services and commands come in through the executor's thread.
 """
@@ -8,23 +8,30 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from array import array
+from collections.abc import Callable
+from operator import attrgetter
+from pathlib import Path
 
 import numpy as np
-from geometry_msgs.msg import Point, PointStamped
+from geometry_msgs.msg import Point
 from il_msgs.msg import TaskStatus
 from il_msgs.srv import ResetTask
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
-from sensor_msgs.msg import CompressedImage, JointState
+from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
 from il_policies.contract import Output, Stream, load_contract
-from il_policies.sim.reach_around import CONTROL_PERIOD, JOINTS, PHYSICS_STEP, ReachAround, Scene, SceneError
+from il_policies.sim import reach_around
+from il_policies.sim.arm import PHYSICS_STEP, Arm, SceneError, Simulation
+from il_policies.sim.reach_around import CONTROL_PERIOD, ReachAround, Scene
 from il_policies.sim.trajectory import TrajectoryError, TrajectoryFollower, arranged
-from il_runtime.ros import Worker, be_nice, declare, nanoseconds, run, to_stamp
+from il_runtime.ros import Worker, be_nice, declare, message_class, nanoseconds, run, to_stamp
 
+TASKS = ('auto', 'reach_around', 'none')
 STATUS_RATE = 20.0
 """Rate of the task status [Hz of simulated time]."""
 MAX_LAG = 0.1
@@ -43,9 +50,12 @@ class SimulatorNode(Node):
     """
 
     def __init__(self):
-        """Raises ContractError or SceneError for a contract or machine that cannot run this task."""
+        """Raises ContractError or DescriptionError for a contract, description, task or machine that do not go together."""
         super().__init__('simulator')
         contract = declare(self, 'contract', '', "the robot's contract, a YAML file")
+        task = declare(self, 'task', 'auto', 'reach_around: the SO-101 and its task; none: the robot alone; auto: reach_around '
+                       'if the contract is for the SO-101')
+        description = declare(self, 'description', '', "URDF instead of the contract's: package://<package>/<path>, or a path")
         camera = declare(self, 'camera', True, "publish the contract's cameras")
         size = declare(self, 'camera_size', [0, 0], 'height and width of images [px]; 0, 0: as in the contract')
         self.factor = declare(self, 'real_time_factor', 1.0, 'simulated seconds per second; other than 1 needs '
@@ -57,14 +67,11 @@ class SimulatorNode(Node):
             raise SceneError(f'real_time_factor is {self.factor:g}: without publish_clock only 1 is valid')
         if len(size) != 2 or min(size) < 0 or max(size) > 4096 or (0 in size and max(size) > 0):
             raise SceneError(f'camera_size is {list(size)}, must be height and width, 1 to 4096 each, or 0, 0')
-        if sorted(self.contract.action.joints) != sorted(JOINTS):
-            raise SceneError(f'this task moves {list(JOINTS)}, '
-                             f'the contract commands {list(self.contract.action.joints)}')
-        self.sim = ReachAround(camera=camera)
+        self.sim = self._simulation(task, description, camera)
         self.lock = threading.Lock()  # over the simulation, between its thread and a reset
         self.episode = 0
         self.time_ns = STEP_NS  # a stamp of 0 means none
-        self.image_sizes: set[tuple[int, int]] = set()
+        self.pictures: list[Callable[[], object]] = []
         self.outputs = self._outputs(camera, tuple(size))
         self.clock = self.create_publisher(Clock, '/clock', QoSProfile(depth=10)) if self.publish_clock else None
         self.parts = [self._listen(output) for output in self.contract.action.outputs]
@@ -79,36 +86,58 @@ class SimulatorNode(Node):
         started.wait()
         if self.failure is not None:
             raise self.failure
-        self.get_logger().info(f'{self.contract.robot}: reach_around at real-time factor {self.factor:g}')
+        doing = 'reach_around' if self.task else 'alone, without a task,'
+        self.get_logger().info(f'{self.contract.robot}: {doing} at real-time factor {self.factor:g}')
+
+    def _simulation(self, task: str, description: str, camera: bool) -> Simulation:
+        """What to simulate: `self.task` is it too, if it is a task."""
+        contract, robot = self.contract, description or self.contract.description
+        if task not in TASKS:
+            raise SceneError(f'task is {task!r}, valid: {", ".join(TASKS)}')
+        wrong = []
+        if robot != reach_around.DESCRIPTION:
+            wrong.append(f'needs the description {reach_around.DESCRIPTION}, has {robot}')
+        if set(contract.action.joints) != set(reach_around.JOINTS):
+            wrong.append(f'moves {list(reach_around.JOINTS)}, the contract commands {list(contract.action.joints)}')
+        if task == 'reach_around' and wrong:
+            raise SceneError(f'reach_around {"; it ".join(wrong)}; use task:=none')
+        self.task: ReachAround | None = None
+        if task == 'none' or wrong:
+            return Arm(contract, camera, Path(description) if description and '://' not in description else robot)
+        self.task = ReachAround(camera, tuple(name for name in contract.cameras if name != reach_around.CAMERA))
+        return self.task
 
     def _outputs(self, camera: bool, size: tuple[int, int]) -> list[list]:
-        """Of every topic: next time due [ns], period [ns], function that publishes at a stamp; slow images last."""
-        makers = {'sensor_msgs/msg/JointState': (JointState, lambda name, stream: self._joint_state),
-                  'geometry_msgs/msg/PointStamped': (PointStamped, lambda name, stream: self._goal)}
-        if camera:
-            makers['sensor_msgs/msg/CompressedImage'] = (
-                CompressedImage, lambda name, stream: self._image_of(name, stream, size))
+        """Of every topic: next time due [ns], period [ns], function that publishes at a stamp, name if it is a camera."""
         outputs, topics = [], set()
+
+        def add(topic: str, kind, rate: float, make: Callable, name: str = '') -> None:
+            publisher = self.create_publisher(kind, topic, QoSProfile(depth=10))
+            outputs.append([0, round(1e9 / rate), lambda stamp: publisher.publish(make(stamp)), name])
+            topics.add(topic)
+
+        if self.task:
+            add('task_status', TaskStatus, STATUS_RATE, self._task_status)
         for name, stream in self.contract.observations.items():
             if stream.topic in topics or (stream.is_image and not camera):
                 continue
-            if stream.type not in makers:
-                raise SceneError(f'observations.{name}: {stream.type} is not simulated; there are: {", ".join(makers)}')
-            topics.add(stream.topic)
-            kind, maker = makers[stream.type]
-            publisher = self.create_publisher(kind, stream.topic, QoSProfile(depth=10))
-            outputs.append([stream, publisher, maker(name, stream)])
-        outputs.sort(key=lambda output: output[0].is_image)
-        status = self.create_publisher(TaskStatus, 'task_status', QoSProfile(depth=10))
-        entries = [[round(1e9 / STATUS_RATE), status, self._task_status]]
-        entries += [[round(1e9 / stream.rate), publisher, make] for stream, publisher, make in outputs]
-        return [[0, period, lambda stamp, publisher=publisher, make=make: publisher.publish(make(stamp))]
-                for period, publisher, make in entries]
+            if stream.type == 'sensor_msgs/msg/JointState':
+                make = self._joint_state_of(stream.topic)
+            elif stream.type in ('sensor_msgs/msg/CompressedImage', 'sensor_msgs/msg/Image') and not stream.depth:
+                make = self._image_of(name, stream, size)
+            elif stream.fields and len(self.sim.observation().get(name, ())) == len(stream.fields):
+                make = self._value_of(name, stream)
+            else:
+                self.get_logger().warning(f'observations.{name}: nobody simulates it; who needs {stream.topic} ({stream.type}'
+                                          f'{", depth" if stream.depth else ""}) will wait for it')
+                continue
+            add(stream.topic, message_class(stream), stream.rate, make, name if stream.is_image else '')
+        return outputs
 
     def _listen(self, output: Output) -> tuple[list[int], TrajectoryFollower]:
-        """Have the joints of an output obey its topic: their columns in JOINTS and their commanded motion."""
+        """Have the joints of an output obey its topic: their columns in the simulation and their commanded motion."""
         joints = output.joints or self.contract.action.joints
-        columns = [JOINTS.index(name) for name in joints]
+        columns = [self.sim.joints.index(name) for name in joints]
         motion = TrajectoryFollower(self.sim.joint_positions[columns])
         kind, move = {
             'std_msgs/msg/Float64MultiArray': (
@@ -147,9 +176,13 @@ class SimulatorNode(Node):
         motion.follow(now * 1e-9, times, positions, velocities)
 
     def _on_reset(self, request: ResetTask.Request, response: ResetTask.Response) -> ResetTask.Response:
+        """To the start and goal asked for; without a task, to where the robot started."""
         try:
             with self.lock:
-                self.sim.reset(Scene(tuple(request.start), tuple(request.goal)))
+                if self.task:
+                    self.task.reset(Scene(tuple(request.start), tuple(request.goal)))
+                else:
+                    self.sim.reset()
                 for columns, motion in self.parts:
                     motion.rest(self.sim.joint_positions[columns])
                 self.episode += 1
@@ -168,8 +201,8 @@ class SimulatorNode(Node):
     def _loop(self, started: threading.Event) -> None:
         sys.setswitchinterval(0.001)  # a command must not wait 5 ms for the interpreter
         try:
-            for size in self.image_sizes:  # the first image takes longest, and a machine that cannot render says so now
-                self.sim.render(size)
+            for picture in self.pictures:  # the first image takes longest, and a machine that cannot render says so now
+                picture()
         except SceneError as error:
             self.failure = error
             return
@@ -207,8 +240,8 @@ class SimulatorNode(Node):
         self.sim.close()
 
     def _target(self) -> np.ndarray:
-        """Where every joint is commanded to be now. Shape (6,), order of JOINTS."""
-        target = np.empty(len(JOINTS))
+        """Where every joint is commanded to be now. Shape (D,), order of the simulation's joints."""
+        target = np.empty(len(self.sim.joints))
         for columns, motion in self.parts:
             target[columns], _ = motion.at(self.time_ns * 1e-9)
         return target
@@ -223,41 +256,76 @@ class SimulatorNode(Node):
 
     def _publish_due(self) -> None:
         stamp = to_stamp(self.time_ns) if self.publish_clock else self.get_clock().now().to_msg()
-        for output in self.outputs:
-            due, period, publish = output
-            if self.time_ns >= due:
-                output[0] = due + period * (1 + (self.time_ns - due) // period)
-                publish(stamp)
+        due = [output for output in self.outputs if self.time_ns >= output[0]]
+        # One image at a time: where a machine cannot draw them all, images are skipped, and joint states stay fresh.
+        images = sorted((output for output in due if output[3]), key=lambda output: output[0])
+        for output in [output for output in due if not output[3]] + images[:1]:
+            since, period, publish, name = output
+            skipped = (self.time_ns - since) // period
+            output[0] = since + period * (1 + skipped)
+            if name and skipped and since:
+                self.get_logger().warning(f'{name}: images are skipped, the machine is too slow (camera_size, camera)',
+                                          throttle_duration_sec=10.0)
+            publish(stamp)
 
-    def _joint_state(self, stamp) -> JointState:
-        message = JointState(name=JOINTS, position=self.sim.joint_positions, velocity=self.sim.joint_velocities)
-        message.header.stamp = stamp
-        return message
+    def _joint_state_of(self, topic: str) -> Callable:
+        """Of all joints that the contract's streams on this topic name."""
+        streams = {name: stream for name, stream in self.contract.observations.items() if stream.topic == topic}
+        joints = list(dict.fromkeys(joint for stream in streams.values() for joint in stream.names))
+        missing = [name for name in joints if name not in self.sim.measured]
+        if missing:
+            raise SceneError(f'observations.{next(iter(streams))}: joints {missing} are not in the description; there are: '
+                             f'{", ".join(self.sim.measured)}')
+        columns = [self.sim.measured.index(name) for name in joints]
 
-    def _goal(self, stamp) -> PointStamped:
-        x, y = self.sim.scene.goal
-        message = PointStamped(point=Point(x=x, y=y, z=0.0))
-        message.header.stamp, message.header.frame_id = stamp, 'base_link'
-        return message
+        def joint_state(stamp) -> JointState:
+            sim = self.sim
+            message = JointState(name=joints, position=sim.joint_positions[columns], velocity=sim.joint_velocities[columns],
+                                 effort=sim.joint_efforts[columns])
+            message.header.stamp = stamp
+            return message
+
+        return joint_state
+
+    def _value_of(self, name: str, stream: Stream) -> Callable:
+        """What the task shows under this name, in the fields that the contract names."""
+        kind, places = message_class(stream), [field.rpartition('.') for field in stream.fields]
+
+        def value(stamp):
+            message = kind()
+            message.header.stamp, message.header.frame_id = stamp, reach_around.BASE
+            for (path, _, field), number in zip(places, self.sim.observation()[name].tolist()):
+                setattr(attrgetter(path)(message) if path else message, field, number)
+            return message
+
+        return value
 
     def _task_status(self, stamp) -> TaskStatus:
-        sim = self.sim
+        sim = self.task
         message = TaskStatus(episode=self.episode, elapsed=sim.time, reached=sim.reached, touched=sim.touched)
-        message.header.stamp, message.header.frame_id = stamp, 'base_link'
+        message.header.stamp, message.header.frame_id = stamp, reach_around.BASE
         x, y, z = sim.tip.tolist()
         message.tip = Point(x=x, y=y, z=z)
         message.goal = Point(x=sim.scene.goal[0], y=sim.scene.goal[1], z=0.0)
         return message
 
-    def _image_of(self, name: str, stream: Stream, size: tuple[int, int]):
-        size = size if all(size) else stream.image_size
-        self.image_sizes.add(size)
+    def _image_of(self, name: str, stream: Stream, size: tuple[int, int]) -> Callable:
+        size, frame = size if all(size) else stream.image_size, self.sim.frames[name]
+        if stream.type == 'sensor_msgs/msg/Image':
+            def take() -> Image:
+                height, width = size
+                return Image(height=height, width=width, encoding='rgb8', step=3 * width,
+                             data=array('B', self.sim.render(size, camera=name).tobytes()))
+        else:
+            def take() -> CompressedImage:
+                return CompressedImage(format='jpeg', data=self.sim.photograph(size, camera=name))
 
-        def image(stamp) -> CompressedImage:
-            message = CompressedImage(format='jpeg', data=self.sim.photograph(size))
-            message.header.stamp, message.header.frame_id = stamp, name
+        def image(stamp):
+            message = take()
+            message.header.stamp, message.header.frame_id = stamp, frame
             return message
 
+        self.pictures.append(take)
         return image
 
 

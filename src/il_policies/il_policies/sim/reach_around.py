@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import cv2
 import numpy as np
 
-from il_policies.description import DescriptionError, load_spec  # before mujoco: it chooses how to render
+from il_policies.sim.arm import (  # before mujoco: it chooses how to render
+    PHYSICS_STEP,
+    SceneError,
+    Simulation,
+    add_camera,
+    add_servo,
+    jpeg,
+    load_robot,
+    look,
+    place_cameras,
+)
 
 # isort: split
 import mujoco
 
 DESCRIPTION = 'package://example-robot-data/robots/so_arm_description/urdf/so101.urdf'
 JOINTS = ('shoulder_pan', 'shoulder_lift', 'elbow_flex', 'wrist_flex', 'wrist_roll', 'gripper')
-TIP = 'gripper_frame_link'
+BASE, TIP = 'base_link', 'gripper_frame_link'
 
-PHYSICS_STEP = 0.004
 CONTROL_PERIOD = 0.02
 EPISODE_S = 6.0
 """A goal reached later than this is not reached."""
@@ -70,14 +76,9 @@ SERVO = {'kp': 17.8, 'damping': 0.6, 'armature': 0.028, 'frictionloss': 0.052, '
 """An STS3215 servo at its usual gain: [N·m/rad], [N·m·s/rad], [kg·m²], [N·m], [N·m]."""
 
 CAMERA = 'front'
-JPEG_QUALITY = 95
 
 TASK = 'to the goal round the {side}'
 """What a demonstration does, in words."""
-
-
-class SceneError(DescriptionError):
-    """A scene that cannot be simulated; the message says what was received and what is valid."""
 
 
 @dataclass(frozen=True)
@@ -101,30 +102,16 @@ def sample_scene(rng: np.random.Generator, goals: Literal['narrow', 'wide'] = 'n
     return Scene(start, (PAN_AXIS[0] + radius * math.cos(angle), PAN_AXIS[1] + radius * math.sin(angle)))
 
 
-@functools.lru_cache(maxsize=1)
-def build_model() -> mujoco.MjModel:
-    """The arm on its table with pillar, goal marker and camera; shared by all simulations of a process.
+@functools.lru_cache(maxsize=2)
+def build_model(cameras: tuple[str, ...] = ()) -> mujoco.MjModel:
+    """The arm on its table with pillar, goal marker and CAMERA, and other cameras if wanted; shared by all simulations of a
+    process.
 
     The arm collides with table and pillar, not with itself.
     """
-    spec = load_spec(DESCRIPTION)
-    spec.option.timestep = PHYSICS_STEP
-    spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    spec.option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
-
-    for mesh in spec.meshes:
-        vertices, faces = simplified_stl(Path(mesh.file), cell=0.004)
-        mesh.file, mesh.uservert, mesh.userface = '', vertices.ravel(), faces.ravel()
-    for geom in spec.geoms:
-        if geom.contype:  # collision shapes, the meshes' convex hulls
-            geom.contype, geom.conaffinity, geom.group = 1, 0, 3  # group 3 is not drawn
+    spec = load_robot(DESCRIPTION)
     for name in JOINTS:
-        joint = next(joint for joint in spec.joints if joint.name == name)
-        spec.add_actuator(
-            name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT,
-            gaintype=mujoco.mjtGain.mjGAIN_FIXED, gainprm=[SERVO['kp']] + [0.0] * 9,
-            biastype=mujoco.mjtBias.mjBIAS_AFFINE, biasprm=[0.0, -SERVO['kp']] + [0.0] * 8,
-            ctrllimited=True, ctrlrange=joint.range, forcelimited=True, forcerange=[-SERVO['force'], SERVO['force']])
+        add_servo(spec, next(joint for joint in spec.joints if joint.name == name), SERVO['kp'], force=SERVO['force'])
 
     world, shape = spec.worldbody, mujoco.mjtGeom
     obstacle, ghost = {'contype': 0, 'conaffinity': 1}, {'contype': 0, 'conaffinity': 0}
@@ -134,12 +121,12 @@ def build_model() -> mujoco.MjModel:
     goal = world.add_body(name='goal', mocap=True)
     goal.add_geom(type=shape.mjGEOM_CYLINDER, pos=[0, 0, 0.001], size=[REACH_TOLERANCE, 0.001, 0],
                   rgba=[0.10, 0.62, 0.35, 1], **ghost)
-    add_camera(world, CAMERA, position=(0.62, -0.24, 0.36), target=(0.125, 0.0, 0.09), fovy=36)
-    world.add_light(pos=[0.4, 0.4, 1.2], dir=[-0.25, -0.3, -1], diffuse=[0.5, 0.5, 0.5], specular=[0.1, 0.1, 0.1],
-                    cutoff=90, exponent=0, castshadow=False)
-    spec.visual.headlight.ambient = [0.35, 0.35, 0.35]
-    spec.visual.headlight.diffuse = [0.35, 0.35, 0.35]
-    spec.visual.quality.offsamples = 0  # multisampling makes software rendering several times slower
+    eye = (0.62, -0.24, 0.36)
+    add_camera(world, CAMERA, eye, look(eye, (0.125, 0.0, 0.09)), fovy=36)
+    if cameras:
+        data = mujoco.MjData(spec.compile())
+        mujoco.mj_kinematics(data.model, data)
+        place_cameras(spec, data, cameras, TIP)
 
     model = spec.compile()
     for i in (model.joint(name).dofadr[0] for name in JOINTS):
@@ -149,51 +136,15 @@ def build_model() -> mujoco.MjModel:
     return model
 
 
-def simplified_stl(path: Path, cell: float) -> tuple[np.ndarray, np.ndarray]:
-    """A binary STL with the vertices of each cubic cell of that size [m] merged into one.
+class ReachAround(Simulation):
+    """One simulated arm with its task."""
 
-    Returns vertices (V, 3) float32 and faces (F, 3) int32. The arm's 400,000 triangles take 50 ms to draw without a GPU
-    and 2 s to load; merging moves the surface by less than a cell.
-    """
-    record = np.dtype([('normal', '<f4', 3), ('corners', '<f4', (3, 3)), ('attribute', '<u2')])
-    corners = np.frombuffer(path.read_bytes(), record, offset=84)['corners'].reshape(-1, 3)
-    cells = np.round((corners - corners.min(axis=0)) / cell).astype(np.int64)
-    x, y, z = cells.T
-    _, index, count = np.unique((x * (y.max() + 1) + y) * (z.max() + 1) + z, return_inverse=True, return_counts=True)
-    vertices = np.stack([np.bincount(index, column) / count for column in corners.T], axis=1)  # mean of each cell
-    faces = index.reshape(-1, 3)
-    faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
-    _, first = np.unique(np.sort(faces, axis=1), axis=0, return_index=True)
-    return vertices.astype(np.float32), faces[first].astype(np.int32)
-
-
-def add_camera(body, name: str, position, target, fovy: float) -> None:
-    """A camera at `position` that looks at `target`, upright; vertical field of view in [deg]."""
-    backwards = np.subtract(position, target) / np.linalg.norm(np.subtract(position, target))
-    right = np.cross([0.0, 0.0, 1.0], backwards)
-    right /= np.linalg.norm(right)
-    quaternion = np.zeros(4)
-    mujoco.mju_mat2Quat(quaternion, np.column_stack([right, np.cross(backwards, right), backwards]).ravel())
-    body.add_camera(name=name, pos=position, quat=quaternion, fovy=fovy)
-
-
-class ReachAround:
-    """One simulated arm with its task. Deterministic: the same scene and commands give the same motion."""
-
-    def __init__(self, camera: bool = True):
-        """Raises SceneError if images are wanted of a machine without EGL."""
-        self.model = build_model()
-        self.data = mujoco.MjData(self.model)
-        self._qpos = np.array([self.model.joint(name).qposadr[0] for name in JOINTS])
-        self._qvel = np.array([self.model.joint(name).dofadr[0] for name in JOINTS])
-        self._ctrl = np.array([self.model.actuator(name).id for name in JOINTS])
+    def __init__(self, camera: bool = True, cameras: tuple[str, ...] = ()):
+        """cameras: others besides CAMERA. Raises SceneError if images are wanted of a machine without EGL."""
+        super().__init__(build_model(cameras), JOINTS, {name: name for name in (CAMERA, *cameras)}, camera)
         self._tip = self.model.body(TIP).id
         self._pillar = self.model.geom('pillar').id
-        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
         self._posed: mujoco.MjData | None = None
-        if camera and os.environ.get('MUJOCO_GL') == 'disable':
-            raise SceneError('images cannot be rendered without libEGL: "apt install libegl1 libgl1", or run without '
-                             'the camera')
         self.reset(Scene())
 
     def reset(self, scene: Scene) -> None:
@@ -214,13 +165,6 @@ class ReachAround:
         self.data.mocap_pos[0] = (*scene.goal, 0.0)
         self._update()
 
-    def command(self, positions) -> None:
-        """Set the servos' targets. Shape (6,). Raises ValueError unless finite."""
-        positions = np.asarray(positions, dtype=float)
-        if positions.shape != (len(JOINTS),) or not np.isfinite(positions).all():
-            raise ValueError(f'command is {positions}, must be {len(JOINTS)} finite positions')
-        self.data.ctrl[self._ctrl] = positions
-
     def step(self, command) -> None:
         """Command shape (6,), then advance by one control period."""
         self.command(command)
@@ -230,8 +174,7 @@ class ReachAround:
         """Advance by physics steps towards the last command."""
         for _ in range(steps):
             before = self.tip
-            mujoco.mj_step2(self.model, self.data)
-            self._update()
+            super().advance()
             speed = np.linalg.norm(self.tip - before) / PHYSICS_STEP
             away = np.hypot(*(self.tip[:2] - self.scene.goal))
             if away < REACH_TOLERANCE and 0.0 < self.tip[2] < REACH_HEIGHT and speed < REST_SPEED:
@@ -241,24 +184,8 @@ class ReachAround:
             self.reached |= self._rested >= REST_S and self.time <= EPISODE_S
 
     def _update(self) -> None:
-        # `advance` does the second half of a step first, so that poses and contacts always belong to the positions.
-        mujoco.mj_step1(self.model, self.data)
+        super()._update()
         self.touched |= bool((self.data.contact.geom == self._pillar).any())
-
-    @property
-    def time(self) -> float:
-        """Time since the reset [s]."""
-        return self.data.time
-
-    @property
-    def joint_positions(self) -> np.ndarray:
-        """Measured positions [rad]. Shape (6,), order of JOINTS."""
-        return self.data.qpos[self._qpos]
-
-    @property
-    def joint_velocities(self) -> np.ndarray:
-        """Measured velocities [rad/s]. Shape (6,)."""
-        return self.data.qvel[self._qvel]
 
     @property
     def tip(self) -> np.ndarray:
@@ -272,11 +199,7 @@ class ReachAround:
 
     def observation(self) -> dict[str, np.ndarray]:
         """joint_positions (6,) [rad] and goal (2,) [m]."""
-        return {'joint_positions': self.joint_positions, 'goal': np.array(self.scene.goal)}
-
-    def render(self, size: tuple[int, int]) -> np.ndarray:
-        """The camera's image now. `size` is (height, width) [px]; returns (height, width, 3) uint8, RGB."""
-        return self._render(self.data, size)
+        return {**super().observation(), 'goal': np.array(self.scene.goal)}
 
     def render_pose(self, positions, goal: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
         """The camera's image of any pose, shape (6,), and goal, for replays; the simulation stays as it is."""
@@ -286,34 +209,11 @@ class ReachAround:
         self._posed.mocap_pos[0] = (*goal, 0.0)
         mujoco.mj_kinematics(self.model, self._posed)
         mujoco.mj_camlight(self.model, self._posed)
-        return self._render(self._posed, size)
+        return self._render(self._posed, size, CAMERA)
 
-    def photograph(self, size: tuple[int, int], goal: tuple[float, float] | None = None) -> bytes:
-        """The camera's image now as a JPEG file, as cameras send it. goal: where it shows the goal, if not where it is."""
-        image = self.render(size) if goal is None else self.render_pose(self.joint_positions, goal, size)
-        return cv2.imencode('.jpg', cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
-                            [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
-
-    def _render(self, data: mujoco.MjData, size: tuple[int, int]) -> np.ndarray:
-        # Created on first use: an OpenGL context belongs to the thread that draws.
-        if size not in self._renderers:
-            try:
-                renderer = mujoco.Renderer(self.model, *size)
-            except Exception as error:
-                raise SceneError(f'images of {size} cannot be rendered (MUJOCO_GL={os.environ.get("MUJOCO_GL", "")}): '
-                                 f'{" ".join(str(error).split())}') from error
-            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-                renderer.scene.flags[flag] = False
-            self._renderers[size] = renderer
-        renderer = self._renderers[size]
-        renderer.update_scene(data, camera=CAMERA)
-        return renderer.render()
-
-    def close(self) -> None:
-        """Free the renderers."""
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers.clear()
+    def photograph(self, size: tuple[int, int], goal: tuple[float, float] | None = None, camera: str = CAMERA) -> bytes:
+        """A camera's image now as a JPEG file, as cameras send it. goal: where CAMERA shows the goal, if not where it is."""
+        return jpeg(self.render(size, camera) if goal is None else self.render_pose(self.joint_positions, goal, size))
 
 
 def inverse_kinematics(tips: np.ndarray, gripper: float = GRIPPER) -> np.ndarray:
