@@ -1,0 +1,48 @@
+"""A policy on a real arm: planner, controller, flight recorder and overlay; or in its shadow, where it moves nothing.
+
+    ros2 launch il_runtime deploy.launch.py --show-args
+    ros2 launch il_runtime deploy.launch.py contract:=my_arm.yaml checkpoint:=my_policy drivers:=my_drivers.launch.py
+    ros2 service call /controller/arm il_msgs/srv/Arm        # nothing moves before this
+
+    ros2 launch il_runtime deploy.launch.py contract:=my_arm.yaml checkpoint:=my_policy shadow:=true rviz:=true
+"""
+from launch import LaunchDescription
+from launch.substitutions import IfElseSubstitution, LaunchConfiguration
+
+from il_runtime.launching import (
+    FLAG,
+    argument,
+    arguments,
+    arm,
+    controller,
+    drivers,
+    flag,
+    flight_recorder,
+    policy,
+    rviz,
+    teleop,
+    visualizer,
+)
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Arguments, then the nodes of one arm in its namespace."""
+    shadow = LaunchConfiguration('shadow')
+    seat = IfElseSubstitution(shadow, 'shadow', 'controller')
+    # A shadow plans for itself, whatever controller may be moving the arm meanwhile.
+    apart = [('controller/status', [seat, '/status']), ('chunks', IfElseSubstitution(shadow, 'shadow/chunks', 'chunks'))]
+    return LaunchDescription([
+        *arguments(namespace='', robot='', contract='', drivers='', params_file='', use_sim_time='false', checkpoint=None,
+                   stride='8', speed_scale='20.0', teleop='none', flight='flight', visualizer='true', mcap='', rviz='false'),
+        argument('shadow', 'false', 'only show what the policy would do: nothing is commanded, and the arm may be moved by '
+                 'hand, by its own teleoperation, or under robot.launch.py', FLAG),
+        arm(
+            controller(name=seat, shadow=flag('shadow'), remappings=apart),
+            policy(remappings=apart),
+            drivers(),
+            teleop(),
+            flight_recorder(),
+            visualizer(remappings=apart),
+            rviz(),
+        ),
+    ])
