@@ -5,8 +5,8 @@
     ros2 service call /controller/arm il_msgs/srv/Arm        # nothing moves before this
 
 The same contract, topics and nodes as in sim.launch.py, on Gazebo's /clock; what is missing is the task's score (task_status)
-and its reset. Needs, besides il_runtime: ros_gz_sim, ros_gz_bridge, ros_gz_image, gz_ros2_control, ros2_controllers,
-robot_state_publisher, xacro, compressed_image_transport, and the package example-robot-data in AMENT_PREFIX_PATH.
+and its reset. Needs, besides il_runtime: ros_gz, gz_ros2_control, ros2_controllers, robot_state_publisher, xacro,
+compressed_image_transport, and the package example-robot-data in AMENT_PREFIX_PATH.
 """
 from launch import LaunchDescription
 from launch.actions import AppendEnvironmentVariable, ExecuteProcess, IncludeLaunchDescription, RegisterEventHandler
@@ -25,6 +25,7 @@ from il_runtime.launching import (
     arm,
     controller,
     flight_recorder,
+    needs,
     node,
     policy,
     recorder,
@@ -34,6 +35,9 @@ from il_runtime.launching import (
 )
 
 SIM = CONFIG / 'sim'
+PACKAGES = ('ros_gz_sim', 'ros_gz_bridge', 'ros_gz_image', 'gz_ros2_control', 'controller_manager', 'joint_state_broadcaster',
+            'forward_command_controller', 'joint_trajectory_controller', 'robot_state_publisher', 'compressed_image_transport',
+            'example-robot-data')
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -55,11 +59,12 @@ def generate_launch_description() -> LaunchDescription:
                    teleop='none', bags='', flight='', visualizer='false', mcap='', rviz='false'),
         argument('headless', 'false', 'no window; the camera is rendered off-screen (EGL)', FLAG),
         argument('world', str(SIM / 'reach_around.sdf'), 'path of the world, an SDF file'),
-        argument('goal_x', '0.28', 'where the goal is, before the arm [m]'),
-        argument('goal_y', '0.0', 'where the goal is, left of the arm [m]'),
+        argument('goal_x', '0.28', 'where the goal is, before the arm [m]', float),
+        argument('goal_y', '0.0', 'where the goal is, left of the arm [m]', float),
         argument('controller', 'forward_position_controller', 'what moves the joints; joint_trajectory_controller needs a '
                  'contract with a JointTrajectory as output', ['forward_position_controller', 'joint_trajectory_controller']),
         argument('use_sim_time', 'true', 'Gazebo stamps what it sends with its own time, always', ['true']),
+        needs(*PACKAGES),
         # The URDF's meshes are package://example-robot-data/…, which Gazebo looks for below these folders.
         AppendEnvironmentVariable('GZ_SIM_RESOURCE_PATH', PathJoinSubstitution([FindPackageShare('example-robot-data'), '..'])),
         IncludeLaunchDescription(

@@ -9,7 +9,7 @@ from launch.conditions import IfCondition
 from launch.substitutions import Command, FindExecutable, LaunchConfiguration
 from launch_ros.parameter_descriptions import ParameterValue
 
-from il_runtime.launching import CONFIG, FLAG, FRAMES, argument, arguments, find_contract, node
+from il_runtime.launching import CONFIG, FLAG, FRAMES, argument, arguments, find_contract, needs, node
 
 # In the file that RViz reads they begin at the root.
 SHOWN = [('/visualization', 'visualization'), ('/robot_description', 'robot_description')]
@@ -27,6 +27,8 @@ def generate_launch_description() -> LaunchDescription:
                  'arm do not', FLAG),
         *arguments(robot='', contract=''),
         GroupAction([
+            needs('rviz2'),
+            needs('robot_state_publisher', condition=described),
             find_contract(described),
             node('robot_state_publisher', 'robot_state_publisher', condition=described, remappings=FRAMES,
                  parameters=[{'robot_description': ParameterValue(urdf, value_type=str)}]),

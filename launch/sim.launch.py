@@ -22,6 +22,7 @@ from il_runtime.launching import (
     recorder,
     rviz,
     teleop,
+    text,
     visualizer,
 )
 
@@ -31,12 +32,15 @@ def generate_launch_description() -> LaunchDescription:
     return LaunchDescription([
         *arguments(namespace='', robot='so101', contract='', params_file='', speed_scale='100.0', checkpoint='', stride='8',
                    teleop='none', bags='', flight='', visualizer='false', mcap='', rviz='false'),
+        argument('task', 'auto', 'reach_around: the SO-101, a pillar and a goal; none: the arm alone; auto: the task if the '
+                 'contract is for the SO-101', ['auto', 'reach_around', 'none']),
         argument('camera', 'true', 'render and publish the cameras of the contract', FLAG),
         argument('use_sim_time', 'false', 'run everything on the simulator\'s /clock, of which there may be one', FLAG),
-        argument('real_time_factor', '1.0', 'simulated seconds per second, 0.05 to 100; other than 1 needs use_sim_time:=true'),
+        argument('real_time_factor', '1.0', 'simulated seconds per second, 0.05 to 100; other than 1 needs use_sim_time:=true',
+                 float),
         arm(
-            ours('simulator_node', on_exit=needed, camera=flag('camera'), real_time_factor=number('real_time_factor'),
-                 publish_clock=flag('use_sim_time')),
+            ours('simulator_node', on_exit=needed, task=text('task'), camera=flag('camera'),
+                 real_time_factor=number('real_time_factor'), publish_clock=flag('use_sim_time')),
             controller(),
             policy(),
             teleop(),

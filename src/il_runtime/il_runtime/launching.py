@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ament_index_python.packages import get_package_share_directory
+from ament_index_python.packages import get_package_share_directory, get_packages_with_prefixes
 from launch.actions import (
     DeclareLaunchArgument,
     GroupAction,
@@ -39,9 +39,9 @@ SHARED = {
     'params_file': ('path of a YAML file with more parameters of these nodes; what an argument says wins', None),
     'use_sim_time': ('take the time from /clock', FLAG),
     'speed_scale': ('slows every motion down [%], 0 to 100; a new arm begins at 20; later: ros2 param set /controller '
-                    'speed_scale 50.0', None),
+                    'speed_scale 50.0', float),
     'checkpoint': ('folder written by il train, whose policy plans', None),
-    'stride': ('policy steps from one plan to the next, 1 to 1000', None),
+    'stride': ('policy steps from one plan to the next, 1 to 1000', int),
     'teleop': ('what a human drives the arm with: a gamepad on the topic joy, or a leader arm on leader/joint_states; the '
                'keyboard needs a terminal of its own: ros2 run il_runtime teleop_node', ['none', 'gamepad', 'leader']),
     'bags': ('folder for demonstrations, a bag each; they begin and end by the services /recorder/start_episode and '
@@ -53,7 +53,7 @@ SHARED = {
     'mcap': ('path of a file (.mcap) to which the visualizer writes the same for Foxglove; empty: none', None),
     'rviz': ('open RViz', FLAG),
 }
-"""Argument → what it means with its unit and range, and its choices or None."""
+"""Argument → what it means with its unit and range, and its choices, float, int, or None for any text."""
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -62,10 +62,28 @@ def arguments(**defaults: str | None) -> list[DeclareLaunchArgument]:
     return [argument(name, default, *SHARED[name]) for name, default in defaults.items()]
 
 
-def argument(name: str, default: str | None, description: str, choices: list[str] | None = None) -> DeclareLaunchArgument:
-    """Declare one argument; default None: it must be given."""
+def argument(name: str, default: str | None, description: str, valid: list[str] | type | None = None) -> DeclareLaunchArgument:
+    """Declare one argument; default None: it must be given; valid: its choices, float, int, or None for any text."""
     description = f'{description}{"; required" if default is None else ""}.'
-    return DeclareLaunchArgument(name, default_value=default, description=description, choices=choices)
+    if valid in (float, int):
+        return _Number(name, default_value=default, description=description, kind=valid)
+    return DeclareLaunchArgument(name, default_value=default, description=description, choices=valid)
+
+
+class _Number(DeclareLaunchArgument):
+    """Says so when it is none, and before anything is started."""
+
+    def __init__(self, *arguments, kind: type, **options):
+        super().__init__(*arguments, **options)
+        self.kind = kind
+
+    def execute(self, context) -> None:
+        super().execute(context)
+        value = context.launch_configurations[self.name]
+        try:
+            self.kind(value)
+        except ValueError:
+            raise ValueError(f'{self.name} is {value!r}, must be {"an integer" if self.kind is int else "a number"}') from None
 
 
 def unless(name: str, value: str) -> IfCondition:
@@ -98,8 +116,10 @@ def arm(*actions) -> GroupAction:
     """Actions about one arm: its contract is looked up, and params_file holds for their nodes."""
     return GroupAction([
         find_contract(),
+        OpaqueFunction(function=_find_params_file),
         SetParametersFromFile(LaunchConfiguration('params_file'), condition=unless('params_file', '')),
-        *actions])
+        # What is included may fail, and launch forgets the processes that the same description has started until then: first.
+        *sorted(actions, key=lambda action: isinstance(action, Node))])
 
 
 def find_contract(condition: IfCondition | None = None) -> OpaqueFunction:
@@ -114,6 +134,21 @@ def find_contract(condition: IfCondition | None = None) -> OpaqueFunction:
         return [SetLaunchConfiguration('contract', str(path))]
 
     return OpaqueFunction(function=find, condition=condition)
+
+
+def _find_params_file(context) -> None:
+    file = context.launch_configurations['params_file']
+    if file and not Path(file).is_file():
+        raise ValueError(f'params_file is {file!r}: there is no such file')
+
+
+def needs(*packages: str, condition: IfCondition | None = None) -> OpaqueFunction:
+    """Packages of others: end with all that are missing, before anything is started."""
+    def look(_context) -> None:
+        if missing := set(packages) - set(get_packages_with_prefixes()):
+            raise ValueError(f'not installed: {", ".join(sorted(missing))}')
+
+    return OpaqueFunction(function=look, condition=condition)
 
 
 def node(package: str, executable: str, **options) -> Node:
