@@ -4,6 +4,7 @@ from __future__ import annotations
 import re
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from il_policies.kinematics import Kinematics
 from il_policies.sim.reach_around import DESCRIPTION, JOINTS
 
 ROBOTS = Path(__file__).parents[2] / 'config' / 'robots'
+SIM = ROBOTS.parent / 'sim'
 CONTRACTS = {path.stem: load_contract(path) for path in sorted(ROBOTS.glob('*.yaml'))}
 WHEEL = 'package://example-robot-data/robots/'
 UR5 = WHEEL + 'ur_description/urdf/ur5_robot.urdf'
@@ -23,6 +25,11 @@ FR3 = {'fr3_joint1': (-2.7437, 2.7437, 2.62), 'fr3_joint2': (-1.7837, 1.7837, 2.
        'fr3_joint4': (-3.0421, -0.1518, 2.62), 'fr3_joint5': (-2.8065, 2.8065, 5.26), 'fr3_joint6': (0.5445, 4.5169, 4.18),
        'fr3_joint7': (-3.0159, 3.0159, 5.26), 'fr3_finger_joint1': (0.0, 0.04, 0.2)}
 """Lowest, highest position and velocity, by the maker."""
+VIPERX_AXES = ((0, 0, 1, 0, 0, 0), (0, 1, 0, -0.12705, 0, 0), (0, 1, 0, -0.42705, 0, 0.05955), (1, 0, 0, 0, 0.42705, 0),
+               (0, 1, 0, -0.42705, 0, 0.35955), (1, 0, 0, 0, 0.42705, 0))
+VIPERX_HOME = (0.536494, 0.0, 0.42705)
+"""Screw axes of a ViperX 300 S at zero in its base's frame, angular part first, and where its end effector is then, by the maker
+(his product of exponentials)."""
 VIPERX = {'waist': (-180, 180), 'shoulder': (-106, 72), 'elbow': (-101, 92), 'forearm_roll': (-180, 180),
           'wrist_angle': (-107, 128), 'wrist_rotate': (-180, 180)}
 """Lowest and highest position [deg] of a ViperX 300 S, by the maker."""
@@ -142,3 +149,47 @@ def test_aloha_is_two_equal_arms_of_seven():
     for side in ('left', 'right'):
         assert_within(contract, {f'{side}_{name}': (np.radians(low), np.radians(high), np.pi)
                                  for name, (low, high) in VIPERX.items()})
+
+
+def exponential(screw, angle: float) -> np.ndarray:
+    """Motion about a screw axis, shape (4, 4), by Rodrigues' formula."""
+    (x, y, z), v = screw[:3], np.array(screw[3:])
+    K = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    T = np.eye(4)
+    T[:3, :3] += np.sin(angle) * K + (1 - np.cos(angle)) * K @ K
+    T[:3, 3] = (np.eye(3) * angle + (1 - np.cos(angle)) * K + (angle - np.sin(angle)) * K @ K) @ v
+    return T
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_aloha_is_as_long_as_its_maker_says(side):
+    contract, rng = replace(CONTRACTS['aloha'], end_effector=f'{side}_ee_link'), np.random.default_rng(0)
+    kinematics, first = Kinematics(contract), 7 * (side == 'right')
+    low, high = np.array([joint.position for joint in contract.action_joints]).T
+    across = 1 if side == 'left' else -1  # the arms face each other, 0.469 m from the middle
+    base = np.array([[0, across, 0], [-across, 0, 0], [0, 0, 1]])
+    for _ in range(50):
+        q = rng.uniform(low, high)
+        T = np.eye(4)
+        for screw, angle in zip(VIPERX_AXES, q[first:first + 6]):
+            T = T @ exponential(screw, angle)
+        position, rotation = kinematics.pose(q)
+        np.testing.assert_allclose(position, base @ (T @ (*VIPERX_HOME, 1))[:3] + [0, 0.469 * across, 0], atol=1e-5)
+        np.testing.assert_allclose(rotation, base @ T[:3, :3], atol=1e-5)
+
+
+def test_alohas_grippers_open_as_their_maker_says():
+    """42 to 116 mm between the fingers, over the motor's range in the contract."""
+    mimics = [(mimic.get('joint'), float(mimic.get('multiplier')), float(mimic.get('offset')))
+              for mimic in ElementTree.parse(resolve(CONTRACTS['aloha'].description)).iter('mimic')]
+    for joint in CONTRACTS['aloha'].joints:
+        for angle, opening in zip(joint.position, (0.042, 0.116)) if 'gripper' in joint.name else ():
+            assert sum(m * angle + offset for name, m, offset in mimics if name == joint.name) == pytest.approx(opening, abs=1e-6)
+
+
+def test_alohas_urdf_is_what_its_xacro_makes():
+    """After a change:  cd config/sim && xacro aloha.urdf.xacro > aloha.urdf"""
+    xacro = pytest.importorskip('xacro')
+    made = xacro.process_file(str(SIM / 'aloha.urdf.xacro'))
+    kept = ElementTree.canonicalize((SIM / 'aloha.urdf').read_text(), strip_text=True)
+    assert ElementTree.canonicalize(made.toxml(), strip_text=True) == kept

@@ -279,7 +279,7 @@ class Arm(Simulation):
         for body in spec.bodies:
             body.gravcomp = 1.0
         for mimic in spec.equalities:
-            mimic.solref = [2 * PHYSICS_STEP, 1.0]  # as stiff as may be
+            mimic.solref, mimic.solimp = [2 * PHYSICS_STEP, 1.0], [0.999, 0.9999, 0.001, 0.5, 2.0]  # as stiff as may be
 
         # Where the arm starts: what its description says (ros2_control), else 0, else the middle of what the contract allows.
         limits = {joint.name: joint.position for joint in contract.action_joints}
@@ -295,11 +295,10 @@ class Arm(Simulation):
 
         ranges = [limits.get(name, (start, start)) for name, start in self._start.items()]
         inertia = dict(zip(joints, largest_inertias(model, data, ranges)))
-        for joint in joints.values():
-            joint.actfrclimited = False
-            joint.armature = inertia[joint.name]  # gears make a motor feel about as heavy as the arm
         tolerances = {joint.name: joint.tracking_tolerance / joint.velocity for joint in contract.joints}
         for joint in servos:
+            joint.actfrclimited = False
+            joint.armature = inertia[joint.name]  # gears make a motor feel about as heavy as the arm
             lag = min(SERVO_LAG, max(tolerances.get(joint.name, np.inf) / 3, 2 * PHYSICS_STEP))
             kp = 2 * inertia[joint.name] * (2 / lag) ** 2
             add_servo(spec, joint, kp, kd=kp * lag)
