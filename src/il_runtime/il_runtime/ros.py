@@ -223,5 +223,8 @@ def run(make_node: Callable[[], rclpy.node.Node]) -> None:
         executor.shutdown()
         node.destroy_node()
         rclpy.try_shutdown()
+        # Ctrl-C reaches what ros2 launch started twice, and an interpreter that is shutting down would die of the second.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     if failure():
         sys.exit(failure())
