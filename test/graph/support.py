@@ -128,16 +128,20 @@ class FollowingArm:
 
     def send(self, epoch, values, sequence=0, names=None, offset=0.0, joint='shoulder_pan', period=0.1):
         """A chunk that moves one joint through `values`, `period` apart, from now; the others stay where they are."""
+        names = names or self.names
+        positions = np.tile([self.position[self.names.index(name)] if name in self.names else 0.0 for name in names],
+                            (len(values), 1))
+        positions[:, names.index(joint)] = values
+        self.send_rows(epoch, positions, sequence, names, offset, period)
+
+    def send_rows(self, epoch, rows, sequence=0, names=None, offset=0.0, period=0.1):
+        """A chunk of rows (H, D), `period` apart, from now."""
         from il_msgs.msg import ActionChunk
 
         from il_runtime.ros import to_stamp
         now = self.node.get_clock().now().nanoseconds + round(offset * 1e9)
-        names = names or self.names
-        positions = np.tile([self.position[self.names.index(name)] if name in self.names else 0.0 for name in names],
-                            (len(values), 1)).astype(np.float32)
-        positions[:, names.index(joint)] = values
-        message = ActionChunk(step_period=period, joint_names=names, horizon=len(values), positions=positions.ravel(),
-                              epoch=epoch, sequence=sequence, policy='test')
+        message = ActionChunk(step_period=period, joint_names=names or self.names, horizon=len(rows), policy='test',
+                              positions=np.asarray(rows, dtype=np.float32).ravel(), epoch=epoch, sequence=sequence)
         message.header.stamp = message.start = to_stamp(now)
         self.chunks.publish(message)
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from il_policies.sim.reach_around import JOINTS, TIP_HEIGHT, Scene, inverse_kinematics
-from support import ROOT, call, wait_for
+from support import ROOT, FollowingArm, call, patient_contract, wait_for
 
 CONTRACT = ROOT / 'config/robots/so101.yaml'
 SCENE = Scene((0.11, -0.01), (0.278, 0.02))
@@ -271,8 +271,109 @@ def test_its_clock_runs_faster_than_real_time_and_never_back(nodes, node):
 
 
 def test_what_cannot_work_is_refused_in_one_line(nodes):
+    robots = ROOT / 'config/robots'
     for parameters, words in (({'real_time_factor': 4.0}, 'without publish_clock only 1'),
-                              ({'camera_size': '[96, 0]'}, 'camera_size')):
+                              ({'camera_size': '[96, 0]'}, 'camera_size'),
+                              ({'task': 'pick'}, "task is 'pick', valid: auto, reach_around, none"),
+                              ({'task': 'reach_around', 'contract': robots / 'aloha.yaml'}, 'reach_around needs the description'),
+                              ({'contract': robots / 'ur5e.yaml', 'description': 'arm.urdf'}, 'arm.urdf: not readable')):
         process = nodes.start('simulator_node', **{'contract': CONTRACT, **parameters})
         assert process.wait(20) == 2
         assert words in nodes.log('simulator_node').splitlines()[-1]
+
+
+# --- any contract -----------------------------------------------------------------------------------------------------
+class SimulatedArm(FollowingArm):
+    """A simulator with a controller, and chunks for it; the arm is where the simulator says."""
+
+    def __init__(self, nodes, node, contract, namespace: str):
+        from sensor_msgs.msg import JointState
+        self.states = []
+        # Both must be started before anybody is waited for.
+        nodes.start('simulator_node', namespace, contract=contract, camera='false')
+        nodes.start('controller_node', namespace, contract=contract)
+        super().__init__(node, contract, f'{namespace}/')
+        self.measured = []
+        node.create_subscription(JointState, f'{namespace}/joint_states', self._on_state, 10)
+
+    def _on_state(self, message) -> None:
+        self.measured.append(dict(zip(message.name, message.position)))
+
+    def _report(self) -> None:
+        """The simulator does."""
+
+    def ready(self) -> int:
+        """Wait for the simulator and arm; the epoch."""
+        wait_for(lambda: self.measured, what=f'{self.prefix} joint states')
+        self.start = self.position = np.array([self.measured[-1][name] for name in self.names])
+        return self.arm()
+
+    def moved(self) -> dict[str, float]:
+        """How far each joint has gone."""
+        return {name: self.measured[-1][name] - start for name, start in zip(self.names, self.start)}
+
+
+def test_two_arms_in_two_namespaces_and_two_arms_under_one_controller_run_at_50_hz(nodes, node, tmp_path):
+    """Two SO-101 under /left and /right, and the 14 joints of ALOHA, all simulated at once on this machine."""
+    aloha = yaml.safe_load((ROOT / 'config/robots/aloha.yaml').read_text())
+    aloha['observations']['joint_positions']['max_age'] = 0.5  # as patient_contract
+    (tmp_path / 'aloha.yaml').write_text(yaml.safe_dump(aloha))
+    so101 = patient_contract(tmp_path)
+    arms = {name: SimulatedArm(nodes, node, contract, name) for name, contract in
+            (('left', so101), ('right', so101), ('cell', tmp_path / 'aloha.yaml'))}
+    ways = {'left': {'shoulder_pan': 0.6}, 'right': {'wrist_roll': -0.6}, 'cell': {'left_waist': -0.5, 'right_elbow': -0.5}}
+    epochs = {name: arm.ready() for name, arm in arms.items()}
+    told, ticks, began = {name: len(arm.statuses) for name, arm in arms.items()}, {}, {}
+    for name, arm in arms.items():
+        ticks[name], began[name] = arm.statuses[-1].ticks, seconds(arm.statuses[-1].header.stamp)
+    for sequence in range(12):
+        for name, arm in arms.items():
+            steps = arm.start + np.outer(np.minimum(np.arange(sequence, sequence + 16) / 20, 1.0),
+                                         [ways[name].get(joint, 0.0) for joint in arm.names])
+            arm.send_rows(epochs[name], steps, sequence)
+        time.sleep(0.1)
+    wait_for(lambda: all(abs(arm.moved()[joint] - by) < 0.05 for name, arm in arms.items() for joint, by in ways[name].items()),
+             what='all to arrive')
+    for name, arm in arms.items():
+        assert {joint for joint, by in arm.moved().items() if abs(by) > 0.05} == set(ways[name])
+        arm.assert_within_limits()
+    rates, late = {}, {}
+    for name, arm in arms.items():
+        status = arm.statuses[-1]
+        rates[name] = (status.ticks - ticks[name]) / (seconds(status.header.stamp) - began[name])
+        late[name] = np.median(np.concatenate([status.lateness for status in arm.statuses[told[name]:]]))
+        assert status.mode in (1, 2) and 47 < rates[name] < 51, (name, rates[name], status.reason)
+        assert late[name] < 0.01
+    print('ticks [Hz]', rates, 'median lateness [s]', late)
+    assert all(nodes.stop(f'{name}/controller_node') == 0 for name in arms)
+
+
+def test_a_robot_without_a_task_shows_what_its_contract_names_and_says_what_nobody_simulates(nodes, node, tmp_path):
+    """The SO-101 alone: its goal is the task's. Raw images and efforts too."""
+    from rclpy.qos import qos_profile_sensor_data
+    from sensor_msgs.msg import Image, JointState
+    contract = yaml.safe_load(CONTRACT.read_text())
+    streams = contract['observations']
+    streams['front'] |= {'type': 'sensor_msgs/msg/Image', 'topic': 'camera/image'}
+    streams['efforts'] = {**streams['joint_positions'], 'field': 'effort', 'names': ['gripper', 'wrist_roll']}
+    (tmp_path / 'alone.yaml').write_text(yaml.safe_dump(contract, sort_keys=False))
+    nodes.start('simulator_node', contract=tmp_path / 'alone.yaml', task='none')
+    states, images = [], []
+    node.create_subscription(JointState, 'joint_states', states.append, 10)
+    node.create_subscription(Image, 'camera/image', images.append, qos_profile_sensor_data)
+    wait_for(lambda: len(states) > 20 and images, what='messages of the simulator')
+    image = np.frombuffer(images[-1].data, np.uint8).reshape(96, 96, 3)
+    assert (images[-1].encoding, images[-1].step) == ('rgb8', 288) and image.std() > 20
+    assert list(states[-1].name) == list(JOINTS) and len(states[-1].effort) == 6
+    log = nodes.log('simulator_node')
+    assert log.count('nobody simulates it') == 1 and 'observations.goal: nobody simulates it; who needs goal (geometry' in log
+    assert 'alone, without a task' in log and '/task_status' not in dict(node.get_topic_names_and_types())
+
+    command = node.create_publisher(type(array([])), 'forward_position_controller/commands', 1)
+    wait_for(command.get_subscription_count)
+    command.publish(array([0.5] * 6))
+    wait_for(lambda: np.abs(np.array(states[-1].position) - 0.5).max() < 0.01, what='the arm to move')
+    from il_msgs.srv import ResetTask
+    assert call(node, ResetTask, 'simulator/reset').success
+    wait_for(lambda: np.abs(states[-1].position).max() < 0.01, what='the start')
+    assert nodes.stop('simulator_node') == 0
