@@ -184,9 +184,13 @@ def test_it_starts_where_ros2_control_does(tmp_path):
         Arm(contract_of('', [a_joint('j1')]), camera=False, description=urdf)
 
 
-def test_descriptions_without_masses_or_meshes_do(tmp_path):
-    urdf = written(tmp_path, '<link name="a"/><link name="b"><visual><geometry><mesh filename="package://gone/b.dae"/></geometry>'
-                   '</visual></link>', hinge('j1', 'a', 'b'))
+@pytest.mark.parametrize('mesh', ['package://gone/b.stl', 'b.dae', 'ascii.stl', 'cut.stl'])
+def test_descriptions_without_masses_or_meshes_do(tmp_path, mesh):
+    for name, content in (('b.dae', b'<COLLADA/>'), ('ascii.stl', b'solid b\n' * 20), ('cut.stl', bytes(80) + b'\x07' * 9)):
+        (tmp_path / name).write_bytes(content)
+    mesh = mesh if '://' in mesh else f'file://{tmp_path}/{mesh}'
+    urdf = written(tmp_path, f'<link name="a"/><link name="b"><visual><geometry><mesh filename="{mesh}"/></geometry></visual>',
+                   '</link>', hinge('j1', 'a', 'b'))
     arm = Arm(contract_of('', [a_joint('j1')]), camera=False, description=urdf)
     for t in np.arange(0.0, 1.0, 0.02):
         arm.command([t])
@@ -209,6 +213,17 @@ def test_what_cannot_be_simulated_is_told_in_one_line(tmp_path):
         with pytest.raises(DescriptionError, match=words) as caught:
             Arm(contract, camera=False, description=path)
         assert '\n' not in str(caught.value)
+
+
+def test_joint_states_may_come_more_often_than_physics_usually_steps():
+    for rate, period in ((100.0, 0.004), (250.0, 0.004), (500.0, 0.002), (1000.0, 0.001)):
+        contract = CONTRACTS['xarm7']
+        state = replace(contract.observations['joint_positions'], rate=rate)
+        arm = Arm(replace(contract, observations={'joint_positions': state}), camera=False)
+        assert arm.step_period == pytest.approx(period)
+        arm.command(np.full(7, 0.2))
+        arm.advance(round(0.4 / period))
+        np.testing.assert_allclose(arm.joint_positions, 0.2, atol=1e-3)
 
 
 # --- cameras ----------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from trajectory_msgs.msg import JointTrajectory
 
 from il_policies.contract import Output, Stream, load_contract
 from il_policies.sim import reach_around
-from il_policies.sim.arm import PHYSICS_STEP, Arm, SceneError, Simulation
-from il_policies.sim.reach_around import CONTROL_PERIOD, ReachAround, Scene
+from il_policies.sim.arm import Arm, SceneError, Simulation
+from il_policies.sim.reach_around import ReachAround, Scene
 from il_policies.sim.trajectory import TrajectoryError, TrajectoryFollower, arranged
 from il_runtime.ros import Worker, be_nice, declare, message_class, nanoseconds, run, to_stamp
 
@@ -36,11 +36,8 @@ STATUS_RATE = 20.0
 """Rate of the task status [Hz of simulated time]."""
 MAX_LAG = 0.1
 """Further behind than this, time is given up instead of being made up for [s]."""
-STEP_NS = round(PHYSICS_STEP * 1e9)
-MAX_AHEAD_NS = round((CONTROL_PERIOD + PHYSICS_STEP) * 1e9)
-"""With /clock, simulated time may run this far beyond the last command, so that none is skipped [ns] …"""
 GONE_S = 0.2
-"""… unless none has come for so long [s, wall]."""
+"""With /clock, simulated time waits for a command every control period, unless none has come for so long [s, wall]."""
 
 
 class SimulatorNode(Node):
@@ -68,9 +65,11 @@ class SimulatorNode(Node):
         if len(size) != 2 or min(size) < 0 or max(size) > 4096 or (0 in size and max(size) > 0):
             raise SceneError(f'camera_size is {list(size)}, must be height and width, 1 to 4096 each, or 0, 0')
         self.sim = self._simulation(task, description, camera)
+        self.step = self.sim.step_period
+        self.step_ns, self.control_ns = round(self.step * 1e9), round(1e9 / self.contract.control_rate)
         self.lock = threading.Lock()  # over the simulation, between its thread and a reset
         self.episode = 0
-        self.time_ns = STEP_NS  # a stamp of 0 means none
+        self.time_ns = self.step_ns  # a stamp of 0 means none
         self.pictures: list[Callable[[], object]] = []
         self.outputs = self._outputs(camera, tuple(size))
         self.clock = self.create_publisher(Clock, '/clock', QoSProfile(depth=10)) if self.publish_clock else None
@@ -209,10 +208,10 @@ class SimulatorNode(Node):
         finally:
             started.set()
         began = base = time.monotonic()
-        period = PHYSICS_STEP / self.factor
+        period = self.step / self.factor
         # Whoever follows /clock must keep up with it: on a busy machine it slows down, it does not race to catch up.
         # Without it the wall is the clock: physics catches up, and nothing is published twice.
-        most = round((CONTROL_PERIOD if self.publish_clock else MAX_LAG) / PHYSICS_STEP)
+        most = round((self.control_ns * 1e-9 if self.publish_clock else MAX_LAG) / self.step)
         steps = 0
         while self.running:
             time.sleep(max(base + (steps + 1) * period - time.monotonic(), 0.0))
@@ -220,7 +219,7 @@ class SimulatorNode(Node):
             if behind > most:
                 base += (behind - 1) * period
                 if not self.publish_clock:
-                    self.get_logger().warning(f'the machine is too slow: {(behind - 1) * PHYSICS_STEP:.2f} s given up',
+                    self.get_logger().warning(f'the machine is too slow: {(behind - 1) * self.step:.2f} s given up',
                                               throttle_duration_sec=1.0)
                 behind = 1
             if behind < 1 or self._ahead_of_controller():
@@ -230,13 +229,13 @@ class SimulatorNode(Node):
                 for _ in range(count):
                     self.sim.command(self._target())
                     self.sim.advance()
-                    self.time_ns += STEP_NS
+                    self.time_ns += self.step_ns
                 steps += count
                 if self.clock is not None:
                     self.clock.publish(Clock(clock=to_stamp(self.time_ns)))
                 self._publish_due()
-        achieved = steps * PHYSICS_STEP / (time.monotonic() - began)
-        self.get_logger().info(f'{steps * PHYSICS_STEP:.1f} s simulated at real-time factor {achieved:.2f}')
+        achieved = steps * self.step / (time.monotonic() - began)
+        self.get_logger().info(f'{steps * self.step:.1f} s simulated at real-time factor {achieved:.2f}')
         self.sim.close()
 
     def _target(self) -> np.ndarray:
@@ -248,7 +247,7 @@ class SimulatorNode(Node):
 
     def _ahead_of_controller(self) -> bool:
         """Faster than real time a few milliseconds of a busy machine are a long time: wait for who commands the arm."""
-        if not self.publish_clock or self.heard is None or self.time_ns - self.heard[0] < MAX_AHEAD_NS:
+        if not self.publish_clock or self.heard is None or self.time_ns - self.heard[0] < self.control_ns + self.step_ns:
             return False
         if time.monotonic() - self.heard[1] > GONE_S:
             self.heard = None  # nobody commands any more

@@ -19,6 +19,7 @@ from il_policies.description import DescriptionError, initial_positions, load_sp
 import mujoco
 
 PHYSICS_STEP = 0.004
+"""Time between physics steps; a part of it where a contract's joint states come more often."""
 SERVO_LAG = 0.03
 """How far an arm is behind its commands, about as the SO-101's servos are; less where a tracking tolerance asks for it."""
 POSES = 50
@@ -26,7 +27,6 @@ POSES = 50
 JPEG_QUALITY = 95
 THIRD_PERSON = ((-35, 25), (35, 25), (-145, 25), (145, 25), (0, 60))
 """Where cameras look from that no link carries, in turn: degrees to the left of the x axis, and up."""
-MESHES = ('.stl', '.obj', '.msh')
 DRAWN, HIDDEN = (1, 3)
 """Groups of shapes; the renderer draws the first one."""
 
@@ -38,15 +38,15 @@ class SceneError(DescriptionError):
 def load_robot(description: str | Path) -> mujoco.MjSpec:
     """A description with light to see it, and its meshes made simple enough to draw without a GPU. Raises DescriptionError.
 
-    What MuJoCo cannot draw (COLLADA meshes, files that are missing) is left out; a link that is left without anything to see
-    is drawn as it collides.
+    Meshes other than STL and OBJ, which MuJoCo cannot draw, and those whose files are missing are left out; a link that is left
+    without anything to see is drawn as it collides.
     """
     spec = load_spec(description)
     spec.option.timestep = PHYSICS_STEP
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     spec.option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
 
-    unread = {mesh.name for mesh in spec.meshes if not (mesh.file.lower().endswith(MESHES) and Path(mesh.file).is_file())}
+    unread = {mesh.name for mesh in spec.meshes if not drawable(Path(mesh.file))}
     for geom in spec.geoms:
         if geom.meshname in unread:
             spec.delete(geom)
@@ -68,6 +68,15 @@ def load_robot(description: str | Path) -> mujoco.MjSpec:
     spec.visual.headlight.diffuse = [0.35, 0.35, 0.35]
     spec.visual.quality.offsamples = 0  # multisampling makes software rendering several times slower
     return spec
+
+
+def drawable(mesh: Path) -> bool:
+    """Whether a mesh is there and of a kind that can be drawn: OBJ, or binary STL."""
+    if not mesh.is_file() or mesh.suffix.lower() not in ('.stl', '.obj'):
+        return False
+    with open(mesh, 'rb') as file:
+        head = file.read(84)
+    return mesh.suffix.lower() == '.obj' or mesh.stat().st_size == 84 + 50 * int.from_bytes(head[80:], 'little') > 84
 
 
 def simplified_stl(path: Path, cell: float) -> tuple[np.ndarray, np.ndarray]:
@@ -194,6 +203,11 @@ class Simulation:
         mujoco.mj_step1(self.model, self.data)
 
     @property
+    def step_period(self) -> float:
+        """Time between physics steps [s]."""
+        return self.model.opt.timestep
+
+    @property
     def time(self) -> float:
         """Time since the reset [s]."""
         return self.data.time
@@ -274,12 +288,14 @@ class Arm(Simulation):
         # Of a joint and its mimic one has a servo: the one that is commanded, else the first.
         driven = {mimic.name2 if mimic.name1 in contract.action.joints else mimic.name1 for mimic in spec.equalities}
         servos = [joint for name, joint in joints.items() if name in contract.action.joints or name not in driven]
+        rate = max(stream.rate for stream in contract.observations.values() if stream.field)
+        spec.option.timestep = PHYSICS_STEP / np.ceil(rate * PHYSICS_STEP)
         spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT
         spec.compiler.boundmass, spec.compiler.boundinertia, spec.compiler.balanceinertia = 1e-3, 1e-7, True
         for body in spec.bodies:
             body.gravcomp = 1.0
         for mimic in spec.equalities:
-            mimic.solref, mimic.solimp = [2 * PHYSICS_STEP, 1.0], [0.999, 0.9999, 0.001, 0.5, 2.0]  # as stiff as may be
+            mimic.solref, mimic.solimp = [2 * spec.option.timestep, 1.0], [0.999, 0.9999, 0.001, 0.5, 2.0]  # as stiff as may be
 
         # Where the arm starts: what its description says (ros2_control), else 0, else the middle of what the contract allows.
         limits = {joint.name: joint.position for joint in contract.action_joints}
@@ -289,12 +305,14 @@ class Arm(Simulation):
             low, high = limits.get(name, joint.range if joint.range[0] < joint.range[1] else (-np.inf, np.inf))
             middle = 0.0 if low <= 0.0 <= high else (low + high) / 2
             self._start[name] = float(np.clip(told.get(name, middle), low, high))
-        model = spec.compile()
+        try:
+            model = spec.compile()
+        except ValueError as error:
+            raise DescriptionError(f'{description}: MuJoCo cannot simulate it: {" ".join(str(error).split())}') from None
         data = mujoco.MjData(model)
         self._put(model, data)
 
-        ranges = [limits.get(name, (start, start)) for name, start in self._start.items()]
-        inertia = dict(zip(joints, largest_inertias(model, data, ranges)))
+        inertia = largest_inertias(model, data, limits)
         tolerances = {joint.name: joint.tracking_tolerance / joint.velocity for joint in contract.joints}
         for joint in servos:
             joint.actfrclimited = False
@@ -324,19 +342,18 @@ class Arm(Simulation):
         """Put every joint to rest where it starts, commanded to stay there."""
         mujoco.mj_resetData(self.model, self.data)
         self._put(self.model, self.data)
-        for i in range(self.model.nu):
-            self.data.ctrl[i] = self._start[self.model.actuator(i).name]
+        self.data.ctrl[:] = self.data.qpos[self.model.jnt_qposadr[self.model.actuator_trnid[:, 0]]]
         self._update()
 
 
-def largest_inertias(model: mujoco.MjModel, data: mujoco.MjData, limits) -> np.ndarray:
-    """Of each joint, what it moves [kg·m² or kg], mimic joints included: the largest of `data`'s pose and POSES random ones
-    within `limits` (N, 2). Shape (N,), order of the model. `data` stays as it is."""
-    posed, rng = mujoco.MjData(model), np.random.default_rng(0)
+def largest_inertias(model: mujoco.MjModel, data: mujoco.MjData, limits: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Of each joint, what it moves [kg·m² or kg], mimic joints included: the largest of `data`'s pose, which stays as it is, and
+    of POSES random ones within `limits`; joints without any stay where they are."""
+    names, rng, posed = [model.joint(i).name for i in range(model.njnt)], np.random.default_rng(0), mujoco.MjData(model)
     posed.qpos[:] = data.qpos
-    low, high = np.clip(np.array(limits, dtype=float), -np.pi, np.pi).T
+    low, high = np.clip([limits.get(name, (at, at)) for name, at in zip(names, data.qpos)], -np.pi, np.pi).T
     largest, column = np.zeros(model.nv), np.zeros(model.nv)
-    for _ in range(POSES):
+    for _ in range(1 + POSES):
         mujoco.mj_fwdPosition(model, posed)
         for i in range(model.nv):
             mujoco.mj_mulM(model, posed, column, np.eye(model.nv)[i])
@@ -345,4 +362,4 @@ def largest_inertias(model: mujoco.MjModel, data: mujoco.MjData, limits) -> np.n
     for i in range(model.neq):
         follower, leader = (model.jnt_dofadr[ids[i]] for ids in (model.eq_obj1id, model.eq_obj2id))
         largest[leader] += model.eq_data[i, 1] ** 2 * largest[follower]
-    return largest
+    return dict(zip(names, largest))
