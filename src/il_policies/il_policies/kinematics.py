@@ -122,7 +122,7 @@ class Skeleton:
         """Name of the root link."""
         followers = [(e.name1, e.name2, e.data[:2].copy()) for e in spec.equalities if e.type == mujoco.mjtEq.mjEQ_JOINT]
         moved = {joint.parent.name: joint.name for joint in joints.values() if joint.name in contract.action.joints}
-        ends = [contract.end_effector] if contract.end_effector else _ends(contract, links)
+        ends = [contract.end_effector] if contract.end_effector else _ends(contract, links, {name for name, *_ in followers})
         if not set(ends) <= set(links):
             raise _no_end_effector(contract, links)
         self.links = tuple(name for name in links if name in moved or name in ends)
@@ -186,18 +186,20 @@ def _chain(link) -> list:
     return chain
 
 
-def _ends(contract: Contract, links: dict) -> list[str]:
+def _ends(contract: Contract, links: dict, followers: set[str]) -> list[str]:
     """Of each output the last link that its joints move: the one that most of them and fewest others do, furthest from the root.
 
-    An output of one or two joints that another one carries, such as a gripper, has none.
+    An output of one or two joints that another one carries, such as a gripper, has none, and what moves by joints that mimic
+    others is not looked at.
     """
-    above = {name: [joint.name for part in _chain(link) for joint in part.joints] for name, link in links.items()}
+    above = {name: {joint.name for part in _chain(link) for joint in part.joints} for name, link in links.items()}
+    above = {name: joints for name, joints in above.items() if not joints & followers}
     ends = []
     for output in contract.action.outputs:
         own = output.joints or contract.action.joints
         others = set(contract.action.joints) - set(own)
-        _, strangers, _, end = max((sum(name in own for name in above[link]), -sum(name in others for name in above[link]),
-                                    len(_chain(links[link])), link) for link in links)
+        _, strangers, _, end = max((len(joints & set(own)), -len(joints & others), len(_chain(links[link])), link)
+                                   for link, joints in above.items())
         if len(own) > 2 or not strangers:
             ends.append(end)
     return list(dict.fromkeys(ends))
