@@ -50,6 +50,10 @@ def of(scene: Scene, namespace: str, now: float) -> list:
     return [shape for shape in scene.shapes(now) if shape.namespace == namespace]
 
 
+def text(scene: Scene, now: float) -> str:
+    return of(scene, 'text', now)[0].text
+
+
 def test_nothing_has_been_heard_and_that_is_all_there_is_to_see(scene):
     shape, = scene.shapes(START)
     assert (shape.kind, shape.text) == ('text', 'no controller')
@@ -165,19 +169,33 @@ def test_slowed_down_the_arm_gets_less_far_along_the_chunk(scene):
         np.testing.assert_allclose(ahead.points[[0, -1]], ends, atol=1e-6)
 
 
-def test_clamps_are_red_at_the_joint_and_along_the_path(scene):
-    measured = np.linspace(-0.5, 0.5, D)
+def test_clamps_are_red_at_the_joint_and_along_the_path_by_how_far_they_hold_it_back(scene, so101):
+    measured, chunk = np.linspace(-0.5, 0.5, D), wave(START)
     scene.joint_state(measured)
-    heard(scene, wave(START), START)
-    scene.status(told(clamped_joints=['elbow_flex', 'gripper', 'tail']), START)
-    clamped, = of(scene, 'clamped', START)
+    scene.status(told(clamped_joints=['elbow_flex', 'gripper']), START)
+    heard(scene, chunk, START)
+    tolerance = so101.joints[0].tracking_tolerance
     links = scene.skeleton.positions([measured])[0]
-    np.testing.assert_array_equal(clamped.points, links[[scene.skeleton.links.index('lower_arm_link'),
-                                                         scene.skeleton.links.index('moving_jaw_so101_v1_link')]])
-    assert clamped.colour[:3] == LIMIT and of(scene, 'ensembled', START)[0].colour[:3] == LIMIT
-    assert 'held back by a limit: elbow_flex, gripper' in scene.text(START)
-    scene.status(told(), START)
-    assert not of(scene, 'clamped', START) and of(scene, 'ensembled', START)[0].colour[:3] == DEED
+    for now, off, share in ((0.1, 0.0, 0.0), (0.2, 0.5 * tolerance, 0.5), (0.3, 2.0 * tolerance, 1.0)):
+        scene.command(chunk.at(START + now - 0.01) + [0, 9, off, 0, 0, 0], START + now - 0.01)  # the second is not clamped
+        shapes = scene.shapes(START + now)
+        elbow, gripper = (shape for shape in shapes if shape.namespace == 'clamped')
+        np.testing.assert_array_equal(elbow.points, links[[scene.skeleton.links.index('lower_arm_link')]])
+        np.testing.assert_array_equal(gripper.points, links[[scene.skeleton.links.index('moving_jaw_so101_v1_link')]])
+        assert elbow.colour == pytest.approx((*LIMIT, 0.3 + 0.6 * share)) and gripper.colour == pytest.approx((*LIMIT, 0.3))
+        assert elbow.size == pytest.approx(gripper.size * (1 + share))
+        path, = (shape for shape in shapes if shape.namespace == 'ensembled')
+        np.testing.assert_allclose(path.colour[:3], share * np.array(LIMIT) + (1 - share) * np.array(DEED), atol=1e-6)
+    assert 'held back by limits: elbow_flex, gripper' in text(scene, START + 0.3)
+    scene.status(told(), START + 0.3)
+    assert not of(scene, 'clamped', START + 0.4) and of(scene, 'ensembled', START + 0.4)[0].colour[:3] == DEED
+
+
+def test_a_clamp_of_which_nobody_knows_how_far_it_holds_back_is_red(scene):
+    scene.joint_state(np.zeros(D))
+    scene.status(told(mode=3, clamped_joints=['elbow_flex', 'tail']), START)
+    clamped, = of(scene, 'clamped', START)
+    assert clamped.colour == pytest.approx((*LIMIT, 0.9))
 
 
 def test_commands_leave_a_trail(scene):
@@ -194,15 +212,15 @@ def test_words(scene):
     scene.status(told(lateness=[0.0002] * 98 + [0.003] * 2), START)
     for latency in (0.050, 0.034):
         scene.chunk(wave(START), latency, 0.012, START)
-    assert scene.text(START).splitlines() == [
+    assert text(scene, START).splitlines() == [
         'POLICY: following chunks', 'newest_first of 2, newest 120 ms old', 'disagreement 0.25 tolerances',
         'observation to chunk 34 ms, at most 50 ms; inference 12 ms', 'loop late by 3.0 ms (p99)']
     assert of(scene, 'text', START)[0].colour[:3] == INK
-    assert scene.text(START).isascii()  # RViz has few other letters
-    assert scene.text(START + 1.5).splitlines()[0] == 'controller silent for 1.5 s; it said:'
+    assert text(scene, START).isascii()  # RViz has few other letters
+    assert text(scene, START + 1.5).splitlines()[0] == 'controller silent for 1.5 s; it said:'
     scene.status(told(mode=5, reason='joint states older than 0.100 s, ' + 'and so on ' * 8, live_chunks=0, chunk_age=np.nan,
                       speed_scale=20.0), START + 2.0)
-    lines = scene.text(START + 2.0).splitlines()
+    lines = text(scene, START + 2.0).splitlines()
     assert lines[0].startswith('FAULT: joint states older') and max(map(len, lines)) <= 64
     assert 'no live chunk, speed 20 %' in lines and of(scene, 'text', START + 2.0)[0].colour[:3] == LIMIT
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from il_policies.contract import Contract
 from il_policies.kinematics import Skeleton
-from il_runtime.core.ensembling import Blending, Chunk, Ensembler
+from il_runtime.core.ensembling import Blend, Blending, Chunk, Ensembler
 from il_runtime.core.mode import Mode
 
 PLAN, DEED, LIMIT = (0.25, 0.62, 1.0), (1.0, 0.76, 0.1), (0.95, 0.1, 0.1)
@@ -73,8 +73,11 @@ class Scene:
         """How the controller ensembles, once that is known."""
         self._plans: deque[Plan] = deque(maxlen=keep)
         self._count = 0
-        tolerance = [joint.tracking_tolerance for joint in contract.action_joints]
-        self._ensembler = Ensembler(tolerance, ramp=2.0 / contract.control_rate)
+        self._joints = contract.action.joints
+        self._tolerance = np.array([joint.tracking_tolerance for joint in contract.action_joints])
+        self._ensembler = Ensembler(self._tolerance, ramp=2.0 / contract.control_rate)
+        self._commanded: np.ndarray | None = None
+        self._looked = -np.inf  # until where the ensembler was asked, which knows no way back
         self._delays: deque[tuple[float, float]] = deque([(0.0, 0.0)], maxlen=200)
         self._scale = 1.0
         self._status = None
@@ -115,9 +118,10 @@ class Scene:
         """Measured positions in action order, shape (D,)."""
         self._links = self.skeleton.positions([positions])[0]
 
-    def command(self, positions: np.ndarray, now: float) -> None:
-        """Commanded positions in action order, shape (D,)."""
-        self._trail.append((now, self.skeleton.positions([positions])[0, self.skeleton.tips]))
+    def command(self, positions: np.ndarray, given: float) -> None:
+        """Commanded positions in action order, shape (D,), of a time that is not before that of the last one."""
+        self._trail.append((given, self.skeleton.positions([positions])[0, self.skeleton.tips]))
+        self._commanded = positions
 
     def reset(self) -> None:
         """The clock went back: everything stamped before is void."""
@@ -125,6 +129,7 @@ class Scene:
         self._trail.clear()
         self._delays = deque([(0.0, 0.0)], maxlen=self._delays.maxlen)
         self._ensembler.clear()
+        self._looked = -np.inf
 
     # --- what is seen -------------------------------------------------------------------------------------------------
     def shapes(self, now: float) -> list[Shape]:
@@ -132,11 +137,10 @@ class Scene:
         self._play(now)
         while self._trail and self._trail[0][0] < now - TRAIL_S:
             self._trail.popleft()
-        link_of = self.skeleton.link_of
-        clamped = [link_of[joint] for joint in self._status.clamped_joints if joint in link_of] if self._status else []
-        width, plans = 0.004 * self.skeleton.length, self._live(now)
+        held, ahead, plans, width = self._held_back(), self._ahead(now), self._live(now), 0.004 * self.skeleton.length
+        words = self._words(now, held)
         shapes = [Shape('text', 0, 'text', np.array([[0.0, 0.0, 0.75 * self.skeleton.length]]),
-                        (*(LIMIT if self._failed() else INK), 1.0), 0.032 * self.skeleton.length, self.text(now))]
+                        (*(LIMIT if self._failed() else INK), 1.0), 0.032 * self.skeleton.length, words)]
         for plan in plans:
             left = (plan.chunk.end - now) / max(plan.chunk.end - plan.chunk.observed, 1e-9)
             colour = (*PLAN, min(max(left, FAINTEST), 1.0))
@@ -146,18 +150,19 @@ class Scene:
             shapes += self._body('goal', plans[-1].goal, (*PLAN, 0.4), 4 * width)
         if self._links is not None:
             shapes += self._body('arm', self._links, (*ARM, 1.0), 3 * width)
-            if clamped:
-                shapes.append(Shape('clamped', 0, 'balls', self._links[clamped], (*LIMIT, 0.85), 14 * width))
+            shapes += [Shape('clamped', link, 'balls', self._links[[link]], (*LIMIT, 0.3 + 0.6 * far), (8 + 8 * far) * width)
+                       for joint, far in held.items() if (link := self.skeleton.link_of.get(joint)) is not None]
         if len(self._trail) > 1:
             trail = np.array([tips for _, tips in self._trail])  # (N, tips, 3)
             shapes += [Shape('commanded', i, 'path', trail[:, i], (*DEED, 0.45), 1.5 * width) for i in range(trail.shape[1])]
-        if (ahead := self._ahead(now)) is not None:
-            colour = (*(LIMIT if clamped else DEED), 1.0)
+        if ahead is not None:
+            far = max(held.values(), default=0.0)
+            colour = (*(far * limit + (1 - far) * deed for deed, limit in zip(DEED, LIMIT)), 1.0)
             shapes += [Shape('ensembled', i, 'path', ahead[:, i], colour, 2.5 * width) for i in range(ahead.shape[1])]
         return shapes
 
-    def text(self, now: float) -> str:
-        """Mode, chunks, disagreement, latency, lateness and clamps in words, a line each."""
+    def _words(self, now: float, held: dict[str, float]) -> str:
+        """Mode, chunks, disagreement, latency, lateness and clamps, a line each."""
         status, lines = self._status, []
         if status is None:
             lines.append('no controller')
@@ -176,8 +181,8 @@ class Scene:
                          f'inference {1e3 * self._inference:.0f} ms')
         if self._lateness:
             lines.append(f'loop late by {1e3 * np.percentile(self._lateness, 99):.1f} ms (p99)')
-        if status is not None and status.clamped_joints:
-            lines += textwrap.wrap(f'held back by a limit: {", ".join(status.clamped_joints)}', LINE)
+        if held:
+            lines += textwrap.wrap(f'held back by limits: {", ".join(held)}', LINE)
         return '\n'.join(lines)
 
     def _failed(self) -> bool:
@@ -194,13 +199,20 @@ class Scene:
         sticks = np.concatenate([links, np.zeros((1, 3))])[self._sticks]
         return [Shape(namespace, 0, 'sticks', sticks, colour, width), Shape(namespace, 1, 'balls', links, colour, 2 * width)]
 
+    def _held_back(self) -> dict[str, float]:
+        """Joint that a limit holds back → how far its command is from what the chunks ask for: in tracking tolerances, 1 where
+        it is further or that is not known. A ramp of velocity is held back a little at nearly every step of a chunk."""
+        names = self._status.clamped_joints if self._status is not None else []
+        blend = self._blend(max(self._trail[-1][0], self._looked)) if names and self._trail else None
+        if blend is None:
+            return dict.fromkeys(names, 1.0)
+        far = dict(zip(self._joints, np.minimum(np.abs(self._commanded - blend.positions) / self._tolerance, 1.0)))
+        return {name: float(far.get(name, 1.0)) for name in names}
+
     def _ahead(self, now: float) -> np.ndarray | None:
         """The tips along what the chunks heard of so far make the arm do from now on, shape (N, tips, 3), while it does."""
-        if self.blending is None or self._status is None or self._status.mode != Mode.POLICY:
+        if self._blend(now) is None:
             return None
-        if self.blending != self._ensembler.blending:
-            self._ensembler.switch(self.blending, now)
-        self._ensembler.at(now, self._delay(now))  # what disagrees begins to fade out
         ahead = copy.deepcopy(self._ensembler)
         times = np.linspace(now, ahead.covers_until(now), AHEAD)
         blends = [ahead.at(t, self._delay(t)) for t in times]
@@ -208,6 +220,15 @@ class Scene:
         return self.skeleton.positions(positions)[:, self.skeleton.tips] if len(positions) > 1 else None
 
     # --- as the controller does ---------------------------------------------------------------------------------------
+    def _blend(self, t: float) -> Blend | None:
+        """What the chunks ask for at time t [s], as far as it is known how, and followed."""
+        if self.blending is None or self._status is None or self._status.mode != Mode.POLICY:
+            return None
+        self._looked = t
+        if self.blending != self._ensembler.blending:
+            self._ensembler.switch(self.blending, t)
+        return self._ensembler.at(t, self._delay(t))
+
     def _follow(self, chunk: Chunk, now: float) -> None:
         if self._status is not None and chunk.epoch == self._status.epoch:
             self._ensembler.add(chunk, now, self._delay(chunk.start))
