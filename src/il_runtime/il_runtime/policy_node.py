@@ -11,7 +11,8 @@ from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.qos import qos_profile_sensor_data
 
 from il_policies import checkpoint
-from il_policies.contract import Contract, load_contract
+from il_policies.check.agreement import differences, of_contract, of_policy
+from il_policies.contract import load_contract
 from il_policies.data.align import buffers, observation_at
 from il_policies.data.decode import DecodeError, decode, stamp_of
 from il_policies.planner import NOISE, Planner
@@ -44,7 +45,7 @@ class PolicyNode(LifecycleNode):
         torch.set_num_threads(value['threads'])
         self.contract = load_contract(value['contract'])
         self.policy = checkpoint.load(value['checkpoint'])
-        mismatches = differences(self.policy, self.contract)
+        mismatches = differences(of_contract(value['contract'], self.contract), of_policy(value['checkpoint'], self.policy))
         if mismatches:
             raise ValueError(f'{value["checkpoint"]} was trained for another robot: ' + '; '.join(mismatches))
         self.planner = Planner(self.policy, value['noise'], value['tau'], value['seed'])
@@ -153,22 +154,6 @@ class PolicyNode(LifecycleNode):
         message.start = to_stamp(chunk_start)
         message.inference_time = Duration(sec=took // 10**9, nanosec=took % 10**9)
         self.chunks.publish(message)
-
-
-def differences(policy, contract: Contract) -> list[str]:
-    """Why a policy does not fit a robot: one line per joint list, feature, shape or period that differs."""
-    spec, lines = policy.spec, []
-    if list(spec.action_names) != list(contract.action.joints):
-        lines.append(f'joints {list(spec.action_names)} ≠ {list(contract.action.joints)}')
-    if abs(spec.step_period - contract.step_period) > 1e-9:
-        lines.append(f'step period {spec.step_period:g} s ≠ {contract.step_period:g} s')
-    for name, shape in spec.features.items():
-        stream = contract.observations.get(name)
-        if stream is None:
-            lines.append(f'observation {name} is not in the contract (there are {list(contract.observations)})')
-        elif tuple(shape) != stream.shape:
-            lines.append(f'observation {name}: shape {tuple(shape)} ≠ {stream.shape}')
-    return lines
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 
 import rclpy
+from rclpy.duration import Infinite
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -27,6 +28,8 @@ from il_runtime.tap import Tap
 
 DISCOVERY_S = 1.5
 """Until the others are known [s]."""
+OURS = QoSProfile(depth=1, deadline=Infinite, liveliness_lease_duration=Infinite)
+"""QoS of the controller's outputs, as the graph would show it: what is not set is infinite there."""
 RECORDERS = ('recorder', 'flight_recorder', 'rosbag2_recorder')
 """Nodes that listen to commands without obeying them."""
 
@@ -68,23 +71,22 @@ class ProbeNode(Node):
         outputs = [output.topic for output in self.contract.action.outputs]
         resolved = {name: self.tap.resolved(name) for name in (*mine, *outputs, 'teleop')}
         # Another topic of these types that somebody listens to may be the one that was meant.
-        listening = {resolved[name] for name in outputs} | {
-            name for name, types in topics.items() if set(types) & {'std_msgs/msg/Float64MultiArray',
-                                                                    'trajectory_msgs/msg/JointTrajectory'}}
+        unlike_states = OUTPUT_TYPES.keys() - {'sensor_msgs/msg/JointState'}
+        listening = {resolved[name] for name in outputs} | {name for name, types in topics.items() if unlike_states & set(types)}
         return Graph(self.get_namespace(), self.seconds, self.sim_time, resolved, published,
-                     {topic: self._publishers(topic) for topic in resolved.values()},
-                     {topic: self._listeners(topic) for topic in sorted(listening)},
+                     {topic: self._offers(topic) for topic in resolved.values()},
+                     {topic: self._audience(topic) for topic in sorted(listening)},
                      {name: observed.measured() for name, observed in self.observed.items()})
 
-    def _publishers(self, topic: str) -> tuple[Endpoint, ...]:
+    def _offers(self, topic: str) -> tuple[Endpoint, ...]:
         return tuple(_endpoint(info, problem) for info, problem in self.tap.publishers(topic))
 
-    def _listeners(self, topic: str) -> tuple[Endpoint, ...]:
+    def _audience(self, topic: str) -> tuple[Endpoint, ...]:
         """Who obeys a topic: not this node, no recorder."""
         found = []
         for info in self.get_subscriptions_info_by_topic(topic):
             if info.node_name != self.get_name() and info.node_name not in RECORDERS:
-                compatible, reason = qos_check_compatible(QoSProfile(depth=1), info.qos_profile)
+                compatible, reason = qos_check_compatible(OURS, info.qos_profile)
                 found.append(_endpoint(info, reason if compatible == QoSCompatibility.ERROR else ''))
         return tuple(found)
 

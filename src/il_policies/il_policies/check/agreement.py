@@ -2,19 +2,20 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from il_policies.check.findings import FAIL, NOTE, PASS, WARN, Finding
-from il_policies.contract import Contract, Stream
+from il_policies.contract import Contract, ContractError, Stream, from_dict
 
 if TYPE_CHECKING:
     from il_policies.data.store import Dataset, DatasetInfo
-    from il_policies.policies import PolicySpec
+    from il_policies.policies import Policy
 
-MEANING = re.compile(r'observations\.[^.]+\.(names|fields|image_size|depth)|observations\.[^.]+$|action\.(joints|label)|policy_rate')
+MEANING = re.compile(r'observations\.[^.]+(\.(names|fields|image_size|depth)|$)|action\.(joints|label)|policy_rate')
 """Fields of a contract that `compare` judges, one by one and by what they do."""
 MISREAD = re.compile(r'observations\.[^.]+\.field$|joints\.[^.]+\.unit$')
 """Fields that change what a number means."""
@@ -34,7 +35,7 @@ class Interface:
     name: str
     """Of the file or folder."""
     redo: str
-    """A command that makes it anew, with {} for the contract; '' for a contract, which is edited."""
+    """A command that makes it anew, with CONTRACT for that of the robot; '' for a contract, which is edited."""
     step_period: float
     """Time between policy steps [s]."""
     features: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
@@ -54,13 +55,16 @@ def of_contract(name: str, contract: Contract) -> Interface:
 def of_dataset(name: str, info: DatasetInfo) -> Interface:
     """By a dataset."""
     features = {key: (feature.shape, feature.names) for key, feature in info.features.items()}
-    return Interface(name, f'il convert BAGS --contract {{}} --out {name}', 1 / info.fps, features, info.action.names,
+    return Interface(name, f'il convert BAGS --contract CONTRACT --out {name}', 1 / info.fps, features, info.action.names,
                      info.action.offset)
 
 
-def of_policy(name: str, spec: PolicySpec, trained: Contract | None) -> Interface:
-    """By a checkpoint; trained: the contract that it carries, which alone knows the names of entries."""
-    observed = trained.observations if trained else {}
+def of_policy(name: str, policy: Policy) -> Interface:
+    """By a checkpoint; the names of entries are those of the contract that it carries, if this version reads it."""
+    spec, observed = policy.spec, {}
+    with suppress(ContractError):
+        if carried := policy.extra.get('contract'):
+            observed = from_dict(Contract, carried, name).observations
     features = {key: (tuple(shape), _entries(observed[key]) if key in observed else ()) for key, shape in spec.features.items()}
     return Interface(name, f'il train DATASET --out {name}', spec.step_period, features, tuple(spec.action_names),
                      spec.action_offset)
@@ -73,9 +77,11 @@ def _entries(stream: Stream) -> tuple[str, ...]:
 def compare(reference: Interface, other: Interface) -> list[Finding]:
     """Can what `reference` observes be fed to `other`, and are its actions understood there? Features that `other` does not
     look at are a NOTE."""
-    findings, again = [], f'; or make {other.name} anew: {other.redo.format(reference.name)}'
+    findings, again = [], other.redo.replace('CONTRACT', reference.name)
 
     def differ(level: str, code: str, place: str, expected, found, fix: str) -> None:
+        # What was measured cannot be edited, a contract can.
+        fix = again if reference.redo else f'{fix}; or make {other.name} anew: {again}'
         findings.append(Finding(level, place, str(found), code, f'{expected} ({reference.name})', fix))
 
     ours, theirs = reference.joints, other.joints
@@ -86,34 +92,34 @@ def compare(reference: Interface, other: Interface) -> list[Finding]:
             absent, more = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
             words = '; '.join([f'without {", ".join(absent)}'] * bool(absent) + [f'with {", ".join(more)} instead'] * bool(more))
         differ(FAIL, 'E512', 'action.joints', f'joints {list(ours)}', f'{list(theirs)}: {words}',
-               f'action.joints: [{", ".join(theirs)}] in {reference.name}{again}')
+               f'action.joints: [{", ".join(theirs)}] in {reference.name}')
     if abs(reference.step_period - other.step_period) > 1e-9:
         differ(FAIL, 'E510', 'policy_rate', f'step period {reference.step_period:g} s, {1 / reference.step_period:g} Hz',
                f'{other.step_period:g} s, {1 / other.step_period:g} Hz', f'policy_rate: {1 / other.step_period:g} in '
-               f'{reference.name}{again}')
+               f'{reference.name}')
     if abs(reference.offset - other.offset) > 1e-9:
         label = 'next_state' if other.offset else 'command'
         differ(WARN, 'E513', 'action.label', f'actions {reference.offset:g} s after their observation',
-               f'{other.offset:g} s after, as of label {label}', f'action.label: {label} in {reference.name}{again}')
+               f'{other.offset:g} s after, as of label {label}', f'action.label: {label} in {reference.name}')
     for name, (shape, entries) in other.features.items():
         place = f'observations.{name}'
         if name not in reference.features:
             differ(FAIL, 'E511', place, f'one of {", ".join(reference.features)}', name,
-                   f'add {place} to {reference.name}, or give a feature its name{again}')
+                   f'add {place} to {reference.name}, or give a feature its name')
             continue
         wanted, names = reference.features[name]
         if shape != wanted:
             key = 'image_size' if len(shape) == 3 else 'names'
             differ(FAIL, 'E511', place, f'shape {_shape(wanted)}', _shape(shape),
                    f'{place}.{key}: {f"[{shape[0]}, {shape[1]}]" if len(shape) == 3 else f"{shape[0]} of them"} in '
-                   f'{reference.name}{again}')
+                   f'{reference.name}')
         elif names and entries and names != entries:
             words = 'the same in another order: ' if sorted(names) == sorted(entries) else ''
             differ(FAIL, 'E511', f'{place}.names', list(names), f'{words}{list(entries)}',
-                   f'{place}.names: [{", ".join(entries)}] in {reference.name}{again}')
+                   f'{place}.names: [{", ".join(entries)}] in {reference.name}')
     unused = [name for name in reference.features if name not in other.features]
     if unused:
-        findings.append(Finding(NOTE, 'observations', f'{", ".join(unused)} of {reference.name} not used'))
+        findings.append(Finding(NOTE, 'observations', f'{", ".join(unused)} of {reference.name} not in {other.name}'))
     if all(finding.level == NOTE for finding in findings):
         findings.append(Finding(PASS, 'observations and action', f'{", ".join(other.features)}; {len(theirs)} joints in the same '
                                 f'order; {1 / other.step_period:g} Hz'))
@@ -165,23 +171,22 @@ def _by_name(contract: Contract) -> Contract:
     return replace(contract, joints=tuple(sorted(contract.joints, key=lambda joint: joint.name)))
 
 
-def check_values(low: dict[str, float], high: dict[str, float], statistics: dict[str, tuple[float, float]], place: str,
-                 who: str, level: str, fix: str) -> list[Finding]:
-    """Values against those a policy was trained on: by entry lowest and highest of both; further off than the range is wide is
-    another scale, or a place that was never seen. The policy clips what is that far off."""
-    far = {}
-    for name, (least, most) in statistics.items():
-        if name in low:
-            width = max(most - least, LEAST_RANGE)
-            off = max(least - low[name], high[name] - most)
-            if off > width:
-                far[name] = f'{name} {low[name]:.3g} … {high[name]:.3g}, trained on {least:.3g} … {most:.3g}'
-    if far:
-        return [Finding(level, place, '; '.join(far.values()), 'E515', f'values like those that {who} was trained on', fix)]
-    return []
+Ranges = tuple[dict[str, float], dict[str, float]]
+"""Entry → lowest, and highest value."""
 
 
-def ranges_of(dataset: Dataset, most: int = 200) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+def check_values(seen: Ranges, trained_on: Ranges, place: str, who: str, level: str, fix: str) -> list[Finding]:
+    """Values against those a policy was trained on: further off than these are wide apart, they have another scale, or lie where
+    nothing was demonstrated."""
+    far = []
+    for name, least in trained_on[0].items():
+        most = trained_on[1][name]
+        if name in seen[0] and max(least - seen[0][name], seen[1][name] - most) > max(most - least, LEAST_RANGE):
+            far.append(f'{name} {seen[0][name]:.3g} … {seen[1][name]:.3g} (trained on {least:.3g} … {most:.3g})')
+    return [Finding(level, place, ', '.join(far), 'E515', f'values like those that {who} was trained on', fix)] if far else []
+
+
+def ranges_of(dataset: Dataset, most: int = 200) -> dict[str, Ranges]:
     """Lowest and highest value of every entry of features and action, over all episodes or, of more, an even choice of
     `most`. Raises DataError."""
     names = {**{name: dataset.info.features[name].names for name in dataset.info.lowdim}, 'action': dataset.info.action.names}

@@ -95,6 +95,7 @@ def check(things: Sequence[Path], listen: Callable[[Contract], Graph] | None = N
 
 
 def _open(things: Sequence[Path]) -> _Opened:
+    """Raises CheckError or ContractError for a path that is not there or a contract that cannot be used."""
     opened = _Opened()
     for path in things:
         name = str(path)
@@ -107,7 +108,10 @@ def _open(things: Sequence[Path]) -> _Opened:
                 opened.datasets[name] = Dataset(path)
             elif (path / 'policy.json').exists():
                 from il_policies import checkpoint  # torch, which takes seconds
-                opened.policies[name] = checkpoint.load(path)
+                try:
+                    opened.policies[name] = checkpoint.load(path)
+                except checkpoint.CheckpointError as error:
+                    opened.refused.append((name, error))
             else:
                 found = find_bags(path)
                 chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), MOST_BAGS)).astype(int))
@@ -117,9 +121,7 @@ def _open(things: Sequence[Path]) -> _Opened:
                         opened.bags[str(bag)] = Bag(bag)
                     except DataError as error:
                         opened.refused.append((str(bag), error))
-        except CheckError:
-            raise
-        except ValueError as error:  # of data, contracts and checkpoints
+        except DataError as error:
             opened.refused.append((name, error))
     return opened
 
@@ -143,7 +145,7 @@ def _dataset(path: str, dataset: Dataset, ranges: dict, reference: agreement.Int
     if reference.name != path:
         mine = agreement.of_dataset(path, info)
         findings += agreement.compare(reference, mine)
-        findings += _carried(path, info.contract, reference, contract, mine.redo)
+        findings += _carried(path, info.contract, reference.name, contract, mine.redo.replace('CONTRACT', reference.name))
     findings += _in_limits(ranges, contract)
     verdicts = [dataset.report(i).get('verdict') for i in range(len(dataset))]
     if verdicts.count(FAIL):
@@ -154,19 +156,19 @@ def _dataset(path: str, dataset: Dataset, ranges: dict, reference: agreement.Int
     return section(f'dataset {path}: {len(dataset)} episodes at {info.fps:g} Hz, hash {dataset.hash}', findings)
 
 
-def _carried(path: str, carried: dict | None, reference: agreement.Interface, contract: Contract | None,
-             redo: str) -> list[Finding]:
-    """Of a dataset or checkpoint the contract it carries."""
+def _carried(path: str, carried: dict | None, name: str, contract: Contract | None, redo: str,
+             recorded: bool = False) -> list[Finding]:
+    """The contract that a thing at `path` carries, against the one that `name` has."""
     if contract is None or not carried:
         return [Finding(NOTE, 'contract', 'it carries none: names and units of what it observes are unknown')]
     try:
         theirs = from_dict(Contract, carried, f'contract in {path}')
     except ContractError as error:
-        return [Finding(WARN, 'contract', str(error), 'E509', 'a contract that this version reads', redo.format(reference.name))]
-    return agreement.compare_contracts(contract, theirs, (reference.name, path), redo.format(reference.name))
+        return [Finding(WARN, 'contract', str(error), 'E509', 'a contract that this version reads', redo)]
+    return agreement.compare_contracts(contract, theirs, (name, path), redo, recorded)
 
 
-def _in_limits(ranges: dict[str, tuple[dict[str, float], dict[str, float]]], contract: Contract | None) -> list[Finding]:
+def _in_limits(ranges: dict[str, agreement.Ranges], contract: Contract | None) -> list[Finding]:
     """The ranges of action and measured joints against the contract's limits."""
     findings, looked_at = [], [name for name in ('action', contract.joint_state) if name in ranges] if contract else []
     for name in looked_at:
@@ -179,38 +181,32 @@ def _in_limits(ranges: dict[str, tuple[dict[str, float], dict[str, float]]], con
 def _checkpoint(path: str, policy, datasets: dict[str, Dataset], ranges: dict[str, dict], reference: agreement.Interface,
                 contract: Contract | None, seen: dict[str, dict[str, Measured]]) -> Section:
     spec, extra = policy.spec, policy.extra
-    trained = extra.get('contract')
-    try:
-        known = from_dict(Contract, trained, path) if trained else None
-    except ContractError:  # `_carried` says so
-        known = None
-    mine = agreement.of_policy(path, spec, known)
+    mine = agreement.of_policy(path, policy)
     findings = []
     if reference.name != path:
         findings += agreement.compare(reference, mine)
-        findings += _carried(path, trained, reference, contract, mine.redo)
-    statistics = {name: dict(zip(entries, zip(policy.normalizer.statistics[name]['min'], policy.normalizer.statistics[name]['max'])))
-                  for name, entries in {**{key: names or tuple(map(str, range(shape[0]))) for key, (shape, names)
-                                           in mine.features.items() if key in spec.lowdim}, 'action': mine.joints}.items()}
-    findings += _in_limits({name: tuple({entry: ends[i] for entry, ends in of.items()} for i in (0, 1))
-                            for name, of in statistics.items()}, contract)
-    retrain = mine.redo.replace('DATASET', '{}')
+        findings += _carried(path, extra.get('contract'), reference.name, contract, mine.redo)
+    entries = {name: mine.features[name][1] or tuple(map(str, range(mine.features[name][0][0]))) for name in spec.lowdim}
+    trained_on = {name: tuple(dict(zip(names, policy.normalizer.statistics[name][end])) for end in ('min', 'max'))
+                  for name, names in {**entries, 'action': mine.joints}.items()}
+    findings += _in_limits(trained_on, contract)
     for name, dataset in datasets.items():
+        retrain = mine.redo.replace('DATASET', name)
         if extra.get('dataset_hash') == dataset.hash:
             findings.append(Finding(PASS, 'dataset', f'trained on exactly {name}, hash {dataset.hash}'))
             continue
         findings.append(Finding(WARN, 'dataset', f'trained on {extra.get("dataset_hash") or "unknown data"}', 'E514',
-                                f'{dataset.hash} ({name})', retrain.format(name)))
-        for feature, of in statistics.items():
-            if feature in ranges[name]:
-                findings += agreement.check_values(*ranges[name][feature], of, f'{feature} in {name}', path, FAIL,
-                                                   f'{retrain.format(name)}; if a unit changed, convert all bags again first')
+                                f'{dataset.hash} ({name})', retrain))
+        for feature in trained_on.keys() & ranges[name].keys():
+            findings += agreement.check_values(ranges[name][feature], trained_on[feature], f'{feature} in {name}', path, FAIL,
+                                               f'{retrain}; if a unit changed, convert all bags again first')
     for where, measured in seen.items():
-        off = [finding for feature, of in statistics.items() if feature in measured
-               for finding in agreement.check_values(measured[feature].low, measured[feature].high, of, f'{feature}, {where}', path,
-                                                     WARN, 'begin where the demonstrations were; demonstrate from here, too; '
-                                                     'or correct the unit')]
-        compared = [feature for feature in statistics if feature in measured and measured[feature].low]
+        off = []
+        compared = [name for name in trained_on if name in measured and measured[name].low]
+        for name in compared:
+            off += agreement.check_values((measured[name].low, measured[name].high), trained_on[name], f'{name}, {where}', path,
+                                          WARN, 'begin where the demonstrations did, demonstrate from here too, or correct the '
+                                          'unit')
         findings += off
         if compared and not off:
             findings.append(Finding(PASS, ', '.join(compared), f'{where} values are like those it was trained on'))
@@ -220,25 +216,25 @@ def _checkpoint(path: str, policy, datasets: dict[str, Dataset], ranges: dict[st
 
 # --- bags -------------------------------------------------------------------------------------------------------------
 
-def _bags(opened: _Opened, name: str, contract: Contract, progress: Callable[[float], None]) -> tuple[Section, dict[str, Measured]]:
+def _bags(opened: _Opened, name: str, contract: Contract,
+          progress: Callable[[float], None]) -> tuple[Section, dict[str, Measured]]:
     """All bags, and the streams of the first whose streams are all there."""
     findings: dict[str, list[Finding]] = {}
     first: dict[str, Measured] = {}
+    paths = list(opened.bags)
+    where = paths[0] if len(paths) == 1 else os.path.commonpath([Path(path).absolute() for path in paths])
     for done, (path, bag) in enumerate(opened.bags.items(), start=1):
         measured, found = observe_bag(bag, contract)
         found += streams.check_streams(contract, measured)
         if bag.contract and path != name:
-            found += agreement.compare_contracts(contract, from_dict(Contract, bag.contract, f'contract in {path}'), (name, bag.name),
-                                                 f'il convert {path} --contract {name}: it is read by yours', recorded=True)
-        findings[bag.name] = found
+            found += _carried(bag.name, bag.contract, name, contract, f'il convert {path} --contract {name}', recorded=True)
+        findings[os.path.relpath(path, where)] = found
         first = first or (measured if all(part.n for part in measured.values()) else {})
-        progress(done / len(opened.bags))
-    several = f'{len(findings)} bags' if len(findings) > 1 else 'bag'
+        progress(done / len(paths))
+    found = [*merged(findings), Finding(NOTE, 'quality', 'is each episode any good? il inspect tells', fix=f'il inspect {where}')]
     rest = f', {opened.left_out} more not looked at' if opened.left_out else ''
-    paths = list(opened.bags)
-    where = paths[0] if len(paths) == 1 else os.path.commonpath([Path(path).absolute() for path in paths])
-    found = merged(findings) + [Finding(NOTE, 'quality', 'whether each episode is any good is said by il inspect', fix=f'il inspect {where}')]
-    return section(f'{several} {where}: the first {LOOKED_AT_S:g} s{" of each" * (len(paths) > 1)}{rest}', found), first
+    kind, each = (f'{len(paths)} bags', ' of each') if len(paths) > 1 else ('bag', '')
+    return section(f'{kind} {where}: the first {LOOKED_AT_S:g} s{each}{rest}', found), first
 
 
 def observe_bag(bag: Bag, contract: Contract) -> tuple[dict[str, Measured], list[Finding]]:
@@ -257,8 +253,9 @@ def observe_bag(bag: Bag, contract: Contract) -> tuple[dict[str, Measured], list
             if len(fits) == 1:
                 topics[name] = fits[0]
             elif found and not fits:
-                findings.append(Finding(FAIL, f'{name} ({found[0]})', bag.topics[found[0]], error.code, stream.type,
-                                        f'{key}.type: {bag.topics[found[0]]}' if stream.is_image else f'{key}.topic: a topic of this type'))
+                kind = bag.topics[found[0]]
+                findings.append(Finding(FAIL, f'{name} ({found[0]})', kind, error.code, stream.type,
+                                        f'{key}.type: {kind}' if stream.is_image else f'{key}.topic: a topic of this type'))
             elif not found and (name != 'action' or contract.action.label != 'next_state'):
                 findings.append(Finding(FAIL, f'{name} ({ending})', 'not in the bag', error.code, stream.type,
                                         f'{key}.topic: {" or ".join(alike)}' if alike else 'record it: it cannot be made up for; '

@@ -83,8 +83,8 @@ def merged(findings: dict[str, list[Finding]]) -> list[Finding]:
     for of in alike.values():
         name, first = of[0]
         if len(findings) > 1:
-            where = 'all of them' if len(of) == len(findings) else name if len(of) == 1 else f'{name} and {len(of) - 1} more'
-            first = dataclasses.replace(first, place=f'{first.place} ({where})')
+            where = f'in {name}' if len(of) == 1 else f'in {len(of)} of {len(findings)}, such as {name}'
+            first = dataclasses.replace(first, place=f'{first.place} {where}')
         result.append(first)
     return result
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from difflib import get_close_matches
 from typing import NamedTuple
@@ -46,15 +47,17 @@ def check_contract(contract: Contract) -> list[Finding]:
                 f'observations.{name}.max_age: {3 / stream.rate:.2g}'))
         if stream.rate < contract.policy_rate * (1 - SAME_RATE):
             findings.append(Finding(
-                WARN, f'observations.{name}.rate', f'{stream.rate:g} Hz', 'E211', f'at least policy_rate, {contract.policy_rate:g} '
-                'Hz', f'a faster driver, or policy_rate: {stream.rate:g}; else rows repeat samples'))
+                WARN, f'observations.{name}.rate', f'{stream.rate:g} Hz', 'E211',
+                f'at least policy_rate, {contract.policy_rate:g} Hz',
+                f'a faster driver, or policy_rate: {stream.rate:g}; else rows repeat samples'))
     for name in contract.cameras[:1]:
-        ratio = contract.observations[name].rate / contract.policy_rate
+        rate = contract.observations[name].rate
+        ratio = rate / contract.policy_rate
         if ratio > 1 and abs(ratio / round(ratio) - 1) > SAME_RATE:
-            valid = ', '.join(f'{contract.observations[name].rate / k:.4g}' for k in (math.floor(ratio), math.ceil(ratio)))
             findings.append(Finding(
-                WARN, 'policy_rate', f'{contract.policy_rate:g} Hz', 'E211', f'a whole part of the rate of {name}, which gives the '
-                f'rows: {contract.observations[name].rate:g} Hz', f'policy_rate: {valid}'))
+                WARN, 'policy_rate', f'{contract.policy_rate:g} Hz: rows at uneven times', 'E211',
+                f'a whole part of the {rate:g} Hz of {name}, whose images give the rows',
+                f'policy_rate: {rate / math.floor(ratio):.4g}, or {rate / math.ceil(ratio):.4g}'))
     if not findings:
         findings.append(Finding(PASS, 'joints, rates, ages', f'{len(contract.joints)} joints, {len(contract.observations)} '
                                 f'observations, policy {contract.policy_rate:g} Hz, control {contract.control_rate:g} Hz'))
@@ -146,6 +149,9 @@ def _up(limit: float) -> float:
 
 def renaming(missing: list[str], present: list[str]) -> str:
     """What absent names probably are called, in words."""
-    pairs = [(name, get_close_matches(name, present, 1, 0.5)) for name in missing]
-    known = [f'{close[0]} for {name}' for name, close in pairs if close]
+    known = []
+    for name in missing:
+        longer = [other for other in present if re.search(rf'(^|[_/.]){re.escape(name)}($|[_/.])', other)]
+        close = longer or get_close_matches(name, present, 1, 0.5)
+        known += [f'{close[0]} for {name}'] if close else []
     return ', '.join(known) if known else f'there are {", ".join(present) or "none"}'

@@ -29,6 +29,8 @@ NEAR = 0.02
 """Beyond a limit by less than this share of the range is noise."""
 SAME_ASPECT = 0.02
 """Images whose ratio of sides differs by less than this share are not noticeably squeezed."""
+LONG_AGO = 1e8
+"""A stamp before this, 1973, is no time of day [s]."""
 FEW = 5
 """Fewer messages tell no rate."""
 MERGE = ('ros2 run joint_state_publisher joint_state_publisher --ros-args -p source_list:="[{}]", if arm and gripper publish '
@@ -68,8 +70,8 @@ def _stream(name: str, stream: Stream, seen: Measured, joints: dict[str, Joint],
         if code == 'E203' and stream.field and seen.orders:
             _names(stream, seen, key, words, fault)
         elif code == 'E204':
-            fault(FAIL, code, f'a stamp by the clock `{stream.clock}`', words, 'stamp the header with the time of the measurement '
-                  f'in the driver, or {key}.clock: receive')
+            fault(FAIL, code, f'a stamp by the clock `{stream.clock}`', words,
+                  f'have the driver stamp the header with the time of measurement, or {key}.clock: receive')
         elif code == 'E205':
             fault(FAIL, code, 'finite values', words, 'repair the driver: a joint that is not read must not be NaN')
         else:
@@ -81,7 +83,7 @@ def _stream(name: str, stream: Stream, seen: Measured, joints: dict[str, Joint],
         fits.append('names' + (' (in another order: matched by name)' if order != list(stream.names) else '')
                     + (f', beside {len(extra)} more' if extra else ''))
     if name == 'action':
-        fits.append(f'{seen.n} commands')
+        fits.append('commands')
     elif name != 'teleop':
         _rate(stream, seen, key, fault, fits)
     _clock(stream, seen, key, offset, sim_time, fault, fits)
@@ -111,8 +113,8 @@ def _names(stream: Stream, seen: Measured, key: str, words: str, fault) -> None:
         fault(FAIL, 'E203', 'all joints in each message', 'messages with ' + ' and others with '.join(
             ', '.join(order) for order in seen.orders), MERGE.format(f'{seen.topic}, …'))
     else:
-        fault(FAIL, 'E203', f'a {stream.field} for each of {", ".join(stream.names)}', words, f'{key}.field: position, or a driver '
-              f'that fills {stream.field}')
+        fault(FAIL, 'E203', f'a {stream.field} for each of {", ".join(stream.names)}', words,
+              f'{key}.field: position, or a driver that fills {stream.field}')
 
 
 def _rate(stream: Stream, seen: Measured, key: str, fault, fits: list[str]) -> None:
@@ -135,31 +137,30 @@ def _rate(stream: Stream, seen: Measured, key: str, fault, fits: list[str]) -> N
               f'find what holds it up (network, load), or {key}.max_age: {1.5 * seen.longest:.2g}')
     if seen.jitter > JITTER_WARN * period:
         fault(WARN, 'E211', f'even steps of {duration(period)}', f'steps off by {duration(seen.jitter)}: it comes in bursts',
-              'best effort or a wire instead of Wi-Fi; a driver that stamps when it measures')
+              'find what holds it up: a busy machine, Wi-Fi, a queue in the driver, stamps that are not of the measurement')
 
 
 def _clock(stream: Stream, seen: Measured, key: str, offset: float, sim_time: bool | None, fault, fits: list[str]) -> None:
     if seen.latency is None:
         return
     middle, late = (part - offset for part in seen.latency)
-    ahead = -middle
+    ahead, chrony = -middle, 'set the clock of its sender: chrony or ntpd on both machines (chronyc tracking)'
     if not -CLOCK_FAIL <= middle <= CLOCK_FAIL + stream.max_age:
         if sim_time:
             clock, fix = 'simulated time, since /clock is published', 'start this driver with -p use_sim_time:=true'
-        elif seen.stamped < 1e8:  # of 1973
-            clock, fix = 'the time of day', ('start its sender without use_sim_time; one that stamps with the time since it began '
-                                             f'needs {key}.clock: receive')
+        elif seen.stamped < LONG_AGO:
+            clock, fix = 'the time of day', ('start its sender without use_sim_time; one that stamps with the time since it '
+                                             f'began needs {key}.clock: receive')
         else:
-            clock, fix = 'the clock of this machine', ('set the clock of its sender: chrony or ntpd on both machines '
-                                                       '(chronyc tracking)')
-        fault(FAIL, 'E204', f'stamps on {clock}', f'stamps {abs(middle):.4g} s {"before" if middle > 0 else "after"} their arrival',
-              fix)
+            clock, fix = 'the clock of this machine', chrony
+        fault(FAIL, 'E204', f'stamps on {clock}',
+              f'stamps {abs(middle):.4g} s {"before" if middle > 0 else "after"} their arrival', fix)
     elif ahead > CLOCK_AHEAD_WARN:
-        fault(FAIL if ahead > CLOCK_AHEAD_FAIL else WARN, 'E204', 'stamps not after their arrival', f'{duration(ahead)} after',
-              'set the clock of its sender: chrony or ntpd on both machines (chronyc tracking)')
+        level = FAIL if ahead > CLOCK_AHEAD_FAIL else WARN
+        fault(level, 'E204', 'stamps not after their arrival', f'{duration(ahead)} after', chrony)
     elif late > stream.max_age:
-        fault(FAIL if middle > stream.max_age else WARN, 'E507', f'samples younger than {stream.max_age:g} s (max_age) on arrival',
-              f'{duration(middle)} old at the median, 95 % below {duration(late)}: too old to be used',
+        fault(FAIL if middle > stream.max_age else WARN, 'E507', f'at most {stream.max_age:g} s (max_age) from stamp to arrival',
+              f'{duration(middle)} at the median, 95 % below {duration(late)}: too old to be used',
               f'a faster way (JPEG, wire), or {key}.max_age: {1.5 * late:.2g}')
     else:
         fits.append(f'stamps {duration(max(middle, 0.0))} old on arrival')
@@ -186,8 +187,8 @@ def check_units(place: str, low: dict[str, float], high: dict[str, float], joint
     findings = [Finding(FAIL, place, f'{", ".join(words)}{f": {unit}?" if unit else ""}', 'E503',
                         'positions in [rad] or [m] within the limits', fixes[unit]) for unit, words in far.items()]
     if slight:
-        findings.append(Finding(WARN, place, ', '.join(slight), 'E503', 'positions within the limits', 'move the arm inside: outside '
-                                'it is armed only with an approach; or joints.*.position, if the limits are too narrow'))
+        findings.append(Finding(WARN, place, ', '.join(slight), 'E503', 'positions within the limits', 'move the arm inside: '
+                                'outside it is armed only with an approach; or joints.*.position, if they are too narrow'))
     return findings
 
 
@@ -214,7 +215,8 @@ def _image(stream: Stream, seen: Measured, key: str, fault, fits: list[str]) -> 
                   f'{100 * abs(w * height / (h * width) - 1):.0f} %', f'crop in the driver, or {key}.image_size: '
                   f'[{height}, {round(height * w / h)}] before anything is recorded; a policy needs the size it was trained on')
         elif h < height:
-            fault(WARN, 'E508', f'at least {_size((height, width))} (image_size)', f'{_size((h, w))}: enlarged, which adds nothing',
+            fault(WARN, 'E508', f'at least {_size((height, width))} (image_size)',
+                  f'{_size((h, w))}: enlarged, which adds nothing',
                   f'a larger mode of the camera, or {key}.image_size: [{h}, {w}]')
         else:
             fits.append(f'{_size((h, w))} {", ".join(seen.encodings)}')
@@ -231,22 +233,23 @@ def _round(rate: float) -> str:
 
 def compare_streams(contract: Contract, recorded: dict[str, Measured], live: dict[str, Measured]) -> list[Finding]:
     """Live streams against those in a bag: is what the policy will see what was demonstrated?"""
-    findings = []
+    findings, compared = [], []
     for name, now in live.items():
         then, key = recorded.get(name), f'observations.{name}'
         if name not in contract.observations or not (then and then.n and now.n):
             continue
+        compared.append(name)
         if then.sizes and now.sizes and then.sizes[0] != now.sizes[0]:
             (h, w), (height, width) = now.sizes[0], then.sizes[0]
             other = abs(w * height / (h * width) - 1) > SAME_ASPECT
-            findings.append(Finding(FAIL if other else WARN, name, _size((h, w)), 'E508', f'{_size((height, width))}, as recorded',
-                                    'the mode of the camera with which was recorded'
-                                    + (': another shape shows another part of the scene' if other else '')))
+            why = ': another shape shows another part of the scene' if other else ''
+            findings.append(Finding(FAIL if other else WARN, name, f'{_size((h, w))}{why}', 'E508',
+                                    f'{_size((height, width))}, as recorded', 'the mode of the camera with which was recorded'))
         if then.rate and now.n >= FEW and abs(now.rate / then.rate - 1) > RATE_TOLERANCE:
             findings.append(Finding(WARN, name, f'{now.rate:.3g} Hz', 'E211', f'{then.rate:.3g} Hz, as recorded',
                                     f'set the driver to the rate that was recorded; {key}.rate: {_round(now.rate)} for new ones'))
-    if not findings:
-        findings.append(Finding(PASS, 'live and recorded', 'images of the same size, streams of the same rate'))
+    if compared and not findings:
+        findings.append(Finding(PASS, ', '.join(compared), 'images and rates as recorded'))
     return findings
 
 
@@ -285,8 +288,8 @@ def _publishers(names: str, topic: str, stream: Stream, graph: Graph) -> list[Fi
     findings = []
     types = sorted({endpoint.type for endpoint in offers})
     if types and types != [stream.type]:
-        return [Finding(FAIL, place, f'{", ".join(types)} by {_nodes(offers)}', 'E201', stream.type, _retype(key, topic, stream, graph,
-                                                                                                          types))]
+        return [Finding(FAIL, place, f'{", ".join(types)} by {_nodes(offers)}', 'E201', stream.type,
+                        _retype(key, topic, stream, graph, types))]
     if len(offers) > 1:
         split = MERGE.format(', '.join([f'{topic}_arm', f'{topic}_gripper'])) if stream.field else 'stop one of them'
         findings.append(Finding(FAIL, place, f'{len(offers)}: {_nodes(offers)}', 'E505', 'one publisher', split))
@@ -295,8 +298,8 @@ def _publishers(names: str, topic: str, stream: Stream, graph: Graph) -> list[Fi
             findings.append(_incompatible(place, endpoint, 'publisher'))
     if offers and not seen.n and not any(endpoint.incompatible for endpoint in offers):
         latched = any('transient_local' in endpoint.qos for endpoint in offers)
-        fix = (f'publish it {stream.rate:g} times a second: whoever starts later never sees what was published once' if latched else
-               f'restart {_nodes(offers)}: it is there, and says nothing (a sensor unplugged, a node not activated?)')
+        fix = (f'publish it {stream.rate:g} times a second: whoever starts later never sees what was published once'
+               if latched else f'look at {_nodes(offers)}: it is there and says nothing (unplugged, not activated?)')
         findings.append(Finding(FAIL, place, f'silent for {graph.seconds:g} s', 'E202', f'{stream.rate:g} Hz', fix))
     if offers and not findings:
         findings.append(Finding(PASS, place, f'{stream.type} by {_nodes(offers)}, {offers[0].qos}'))
@@ -316,9 +319,7 @@ def _absent(contract: Contract, graph: Graph, absent: dict[str, list[str]]) -> l
     elsewhere: dict[str, list[str]] = {}
     for topic, names in absent.items():
         stream = contract.observations[names[0]]
-        ending = '/' + stream.topic.strip('/')
-        found = [other.removesuffix(ending) or '/' for other, types in graph.topics.items()
-                 if other.endswith(ending) and other != topic and stream.type in types]
+        found = _namespaces(stream.topic, topic, [other for other, types in graph.topics.items() if stream.type in types])
         if found:
             elsewhere.setdefault(' or '.join(sorted(found)), []).extend(names)
             continue
@@ -328,16 +329,26 @@ def _absent(contract: Contract, graph: Graph, absent: dict[str, list[str]]) -> l
     for namespace, names in elsewhere.items():
         here = [topic for topic, of in absent.items() if set(of) & set(names)]
         findings.append(Finding(
-            FAIL, f'{", ".join(names)} ({", ".join(here)})', f'{"it is" if len(here) == 1 else "they are"} published in {namespace}',
-            'E201', f'in the namespace {graph.namespace}',
-            f'start all nodes with --ros-args -r __ns:={namespace.split(" or ")[0]} (il check --namespace likewise), or write the '
-            'topics of the contract in full'))
+            FAIL, f'{", ".join(names)} ({", ".join(here)})', f'published in the namespace {namespace}', 'E201',
+            f'a publisher in {graph.namespace}', _move(namespace)))
     return findings
+
+
+def _namespaces(name: str, topic: str, among: Iterable[str]) -> list[str]:
+    """Other namespaces in which a topic of this name is."""
+    ending = '/' + name.strip('/')
+    return sorted(other.removesuffix(ending) or '/' for other in among if other.endswith(ending) and other != topic)
+
+
+def _move(namespace: str) -> str:
+    first = namespace.split(' or ')[0]
+    return (f'start all nodes with --ros-args -r __ns:={first} and look with il check --namespace {first}, or write the topics '
+            'of the contract in full')
 
 
 def _instead(key: str, topic: str, kind: str, graph: Graph) -> str:
     """A line of YAML that names the topic that was probably meant."""
-    alike = [other for other, types in graph.topics.items() if kind in types and other != topic]
+    alike = [other for other, types in graph.topics.items() if kind in types and other not in graph.resolved.values()]
     close = get_close_matches(topic, alike, 1, 0.3) or (alike if len(alike) == 1 else [])
     return f'{key}.topic: {close[0]}' if close else f'{key}.topic: one of {", ".join(alike)}' if alike else ''
 
@@ -356,8 +367,8 @@ def _commanded(key: str, topic: str, graph: Graph, ours: set[str]) -> list[Findi
         return [Finding(FAIL, place, f'{len(offers)}: {_nodes(offers)}', 'E505', 'one publisher, the controller',
                         f'stop {_nodes(others)}: the controller does not arm beside it, and latches a fault')]
     if key == 'action.outputs' and others:
-        return [Finding(WARN, place, f'{_nodes(others)} publishes here', 'E505', 'no publisher but the controller, which does not '
-                        'run', f'stop {_nodes(others)} before the controller is armed')]
+        return [Finding(WARN, place, f'{_nodes(others)} publishes here', 'E505',
+                        'no publisher but the controller, which does not run', f'stop {_nodes(others)} before arming')]
     return []
 
 
@@ -372,15 +383,20 @@ def _heard(contract: Contract, output: Output, topic: str, graph: Graph) -> list
         return [Finding(FAIL, place, f'{_nodes(listeners)} listens for {kind}', 'E201', output.type,
                         f'type: {kind} for this output' + ('' if kind in OUTPUT_TYPES else f' is not supported; valid: '
                                                            f'{", ".join(OUTPUT_TYPES)}'))]
+    if namespaces := _namespaces(output.topic, topic, [other for other, of in graph.listeners.items() if of]):
+        where = ' or '.join(namespaces)
+        return [Finding(FAIL, place, f'one in the namespace {where}', 'E506', f'a subscription of {output.type} in '
+                        f'{graph.namespace}', _move(where))]
     alike = [f'{{topic: {other.lstrip("/")}, type: {of[0].type}}} ({_nodes(of)})' for other, of in graph.listeners.items()
              if of and other not in {graph.resolved[each.topic] for each in contract.action.outputs}]
-    fix = f'action.outputs: {" or ".join(alike)}' if alike else 'start the robot\'s controller (ros2 control list_controllers: is it active?)'
+    fix = (f'action.outputs: {" or ".join(alike)}' if alike else
+           "start the robot's controller (ros2 control list_controllers: is it active?)")
     return [Finding(FAIL, place, 'nobody listens', 'E506', f'a subscription of {output.type}', fix)]
 
 
 def _incompatible(place: str, endpoint: Endpoint, what: str) -> Finding:
-    return Finding(FAIL, place, f'{what} of {endpoint.node} with {endpoint.qos}', 'E504', 'QoS compatible with ours: reliable, volatile',
-                   f'{endpoint.incompatible}; set its QoS to reliable, volatile')
+    return Finding(FAIL, place, f'{what} of {endpoint.node} with {endpoint.qos}: {endpoint.incompatible}', 'E504',
+                   'QoS compatible with ours: reliable, volatile', f'set the QoS of this {what} to reliable, volatile')
 
 
 def _nodes(endpoints) -> str:
