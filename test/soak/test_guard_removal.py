@@ -15,7 +15,8 @@ from support import ROOT
 
 CORE = ROOT / 'src/il_runtime/il_runtime/core'
 TESTS = {'safety': ('test_guards', 'test_safety', 'test_controller'), 'clock': ('test_clock',),
-         'mode': ('test_controller', 'test_guards'), 'controller': ('test_guards', 'test_controller'),
+         'mode': ('test_controller', 'test_guards'), 'controller': ('test_guards', 'test_controller', 'test_shadow'),
+         'shadow': ('test_shadow',),
          'ensembling': ('test_guards', 'test_ensembling', 'test_controller'), 'teleop': ('test_teleop', 'test_guards')}
 """The unit tests that watch over a file, the likeliest first; test_mode compares tables and would catch any change."""
 
@@ -219,6 +220,35 @@ GUARDS = [Guard(file, *guard) for file, guards in {
         ('a human who asks for the impossible is stopped', "                self._event('released', reason)",
          '                pass'),
         ('who asked for the impossible is locked out', 'self._human_locked_out = True  # until released', 'pass'),
+        # --- as a shadow
+        ('only a shadow arms itself', 'self.arms_itself = shadow', 'self.arms_itself = True'),
+        ('an armed controller does not arm itself', 'self.arms_itself = self.shadow', 'self.arms_itself = True'),
+        ('a shadow told to hold waits to be armed',
+         'self.follows_chunks, self._held = False, True\n        self.arms_itself = False',
+         'self.follows_chunks, self._held = False, True'),
+        ('a shadow told to stop waits to be armed', 'self.arms_itself = False\n        if self.mode != Mode.FAULT:',
+         'if self.mode != Mode.FAULT:'),
+        ('a fault of a shadow is shown', 'and now - self._entered > FAULT_SHOWN', ''),
+        ('a blind shadow stays where it is', 'if shown and not self._state_is_stale(now):', 'if shown:'),
+        ('only a shadow is not watched', 'if self.shadow:\n            if self.mode', 'if True:\n            if self.mode'),
+        ('a shadow at rest stands where the arm is',
+         'if self.mode == Mode.HOLD:\n                self.gate.rest(self._measured[1])',
+         'if self.mode == Mode.HOLD:\n                pass'),
+        ('a shadow that is elsewhere begins anew', 'elif off.any() and self.mode != Mode.FAULT:', 'elif False:'),
+        ('a shadow begins anew where the arm is', 'self.begun_anew += 1\n        self.gate.rest(self._measured[1])',
+         'self.begun_anew += 1'),
+        ('what lags is a fault of all but a shadow', 'if self.shadow:\n                self.would_fault',
+         'if True:\n                self.would_fault'),
+        ('a shadow tells what would have been a fault', 'self.would_fault += self.shadow and', 'self.would_fault += False and'),
+    ],
+    'shadow': [
+        ('nothing is compared across a gap', 'self._times[i] - self._times[i - 1] > self._max_gap', 'False'),
+        ('nothing is compared where there is no target', 'return found if np.isfinite(found).all() else None', 'return found'),
+        ('a track forgets', 'if self._times[0] < t - 2 * REMEMBERED:', 'if False:'),
+        ('a track goes forward', 'if self._times and t <= self._times[-1]:', 'if False:'),
+        ('a chunk is compared where it reaches', 'if chunk.start - 1e-9 <= t <= chunk.end + 1e-9:', 'if True:'),
+        ('what is never answered is not kept', 'deque(maxlen=2000)', 'deque()'),
+        ('what is yet to come waits', 'if not track.reaches(t):', 'if False:'),
     ],
     'ensembling': [
         # --- what is let in

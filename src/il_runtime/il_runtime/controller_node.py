@@ -2,6 +2,8 @@
 
 The loop has its own thread on absolute deadlines and takes its inputs itself, once a tick: no callback competes with it for
 the interpreter. Services and parameters, served by the executor's thread, leave their wishes in an inbox.
+
+As a shadow it moves nothing: it shows what it would do, and compares that with what is done.
 """
 from __future__ import annotations
 
@@ -23,14 +25,14 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
-from rclpy.qos import QoSProfile, qos_profile_sensor_data
+from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 
 from il_policies.contract import load_contract
 from il_policies.data.decode import DecodeError, NotFiniteError, decode, stamp_of
 from il_runtime.core.clock import LoopClock, StampError
-from il_runtime.core.controller import Controller, Settings
+from il_runtime.core.controller import SOURCES, Controller, Settings
 from il_runtime.core.ensembling import (
     MODES,
     Blending,
@@ -42,8 +44,22 @@ from il_runtime.core.ensembling import (
     check_finite,
 )
 from il_runtime.core.mode import Mode
+from il_runtime.core.shadow import COMMANDED, MEASURED, Comparison
 from il_runtime.outputs import Outputs
-from il_runtime.ros import STATUS_QOS, Polled, Worker, chunk_qos, declare, loud, nanoseconds, run, start, take_all, to_stamp
+from il_runtime.ros import (
+    STATUS_QOS,
+    Polled,
+    Worker,
+    be_nice,
+    chunk_qos,
+    declare,
+    loud,
+    nanoseconds,
+    run,
+    start,
+    take_all,
+    to_stamp,
+)
 
 STATUS_PERIOD = 0.1
 """Time between periodic statuses [s]."""
@@ -57,9 +73,18 @@ class ControllerNode(LifecycleNode):
     """Lifecycle: configure reads the contract, activate starts the loop, deactivate stops the arm and then the loop."""
 
     def __init__(self):
+        """Raises ValueError for a shadow that would be taken for a controller."""
         super().__init__('controller')
         self.running = False
         declare(self, 'contract', '', "the robot's contract, a YAML file")
+        self.shadow = declare(self, 'shadow', False, 'send nothing to the robot, which somebody else moves: follow ~/chunks, '
+                              'publish ~/command and its ~/error, all below the name it must be given, as -r __node:=shadow; '
+                              'it arms itself, hears no teleoperation, and its speed_scale is 100')
+        if self.shadow:
+            if self.get_name() == 'controller':
+                raise ValueError('a shadow named controller would speak for the controller that moves the arm: start it with '
+                                 '-r __node:=shadow')
+            be_nice(self)
         declare(self, 'realtime_priority', 40, 'SCHED_FIFO priority of the loop where permitted; 0 leaves it as it is', 0, 49)
         live = {'read_only': False}
         declare(self, 'ensembling', 'newest_first', f'how overlapping chunks are blended: {", ".join(MODES)}; live', **live)
@@ -97,7 +122,7 @@ class ControllerNode(LifecycleNode):
         ensembler = Ensembler([joint.tracking_tolerance for joint in self.contract.action_joints], blending(value),
                               ramp=2.0 / self.contract.control_rate)
         # Wall-clock milliseconds: a restarted controller never issues an epoch that a late chunk could carry.
-        self.controller = Controller(self.contract, ensembler, time.time_ns() // 1_000_000, settings(value))
+        self.controller = Controller(self.contract, ensembler, time.time_ns() // 1_000_000, settings(value), self.shadow)
         self.state_stream = self.contract.observations[self.contract.joint_state]
         self.state_order = [self.state_stream.names.index(name) for name in self.contract.action.joints]
         self.inbox: deque = deque(maxlen=1000)
@@ -110,14 +135,19 @@ class ControllerNode(LifecycleNode):
         self.others: list[str] = []
         self.stalled, self.ending, self.scheduler = False, False, 'not running'
 
-        self.outputs = Outputs(self, self.contract)
+        self.outputs = Outputs(self, self.contract, self.shadow)
         self.status = self.create_publisher(ControllerStatus, '~/status', STATUS_QOS)
         self.diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
         polled = Polled()
         newest = QoSProfile(depth=1, reliability=qos_profile_sensor_data.reliability)  # drivers send up to 1 kHz
         self.states = self.create_subscription(JointState, self.state_stream.topic, _never, newest, callback_group=polled)
-        self.chunks = self.create_subscription(ActionChunk, 'chunks', _never, chunk_qos(), callback_group=polled)
-        self.teleop = self.create_subscription(JointState, 'teleop', _never, QoSProfile(depth=10), callback_group=polled)
+        self.chunks = self.create_subscription(ActionChunk, '~/chunks' if self.shadow else 'chunks', _never, chunk_qos(),
+                                               callback_group=polled)
+        # A shadow hears what the human's system commands, and not what that is asked for.
+        human, reliability = ((self.contract.action.topic, newest.reliability) if self.shadow else
+                              ('teleop', ReliabilityPolicy.RELIABLE))
+        self.human = self.create_subscription(JointState, human, _never, QoSProfile(depth=10, reliability=reliability),
+                                              callback_group=polled)
         self.create_service(Arm, '~/arm', self._on_arm)
         for name, action in (('hold', lambda now: self.controller.hold()), ('stop', lambda now: self.controller.stop()),
                              ('reset_fault', lambda now: self.controller.reset_fault())):
@@ -127,14 +157,22 @@ class ControllerNode(LifecycleNode):
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(0.5, self._look_around, clock=steady)
         self.create_timer(1.0, self._publish_diagnostics, clock=steady)
+        if self.shadow:
+            self.comparison = Comparison(self.controller.joints, self.controller.tracking_tolerance, self.controller.period,
+                                         self.state_stream.max_age)
+            self.seen: deque = deque(maxlen=10_000)  # what the loop leaves to be compared
+            self.commanded = 0.0  # when a command was last compared: monotonic [s]
+            self.error = self.create_publisher(JointState, '~/error', QoSProfile(depth=100))
+            self.create_timer(0.1, self._compare, clock=steady)
         if self.sim_time:
             threshold = JumpThreshold(min_forward=Duration(nanoseconds=1), min_backward=Duration(nanoseconds=-1))
             self._jumps = stamps.create_jump_callback(threshold, post_callback=lambda _: self._wake_up())
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state) -> TransitionCallbackReturn:
-        """Start the loop; the arm stays INACTIVE until armed."""
+        """Start the loop; the arm stays INACTIVE until armed, by itself if it is a shadow."""
         self.inbox.clear()
+        self.controller.arms_itself = self.shadow
         self._apply(self._values(), self.clock.now())
         self.running, self.ending = True, False
         self.thread = Worker(self._loop, 'control')
@@ -180,6 +218,12 @@ class ControllerNode(LifecycleNode):
         gc.enable()
         os.sched_setscheduler(os.getpid(), os.SCHED_OTHER, os.sched_param(0))
         self._publish_status(self.clock.now())
+        if self.shadow:
+            self._compare()
+            c = self.controller
+            self.get_logger().info('\n  '.join([
+                f'{self.contract.robot}: {self.comparison.chunks} chunks; begun anew {c.begun_anew} times, would have faulted '
+                f'{c.would_fault} times; errors [rad or m]:', *self.comparison.report()]))
 
     def _is_still(self) -> bool:
         """True when nothing is left to be stopped: a simulated arm stands as long as its time does."""
@@ -197,6 +241,8 @@ class ControllerNode(LifecycleNode):
             response.message = 'the node is ending'
         elif self.others:
             response.message = f'somebody else commands this arm: {"; ".join(self.others)}'
+        elif self.shadow and request.approach:
+            response.message = 'a shadow cannot approach, it moves nothing: arm without'
         else:
             self._answer(response, lambda now: self.controller.arm(now, request.approach))
         response.epoch = self.controller.epoch
@@ -260,7 +306,7 @@ class ControllerNode(LifecycleNode):
     def _apply(self, value: dict, now: float) -> None:
         """Let the controller have what parameters say."""
         self.controller.settings = settings(value)
-        self.controller.speed_scale = value['speed_scale'] / 100
+        self.controller.speed_scale = 1.0 if self.shadow else value['speed_scale'] / 100
         if blending(value) != self.controller.ensembler.blending:
             self.controller.ensembler.switch(blending(value), now)
 
@@ -308,9 +354,39 @@ class ControllerNode(LifecycleNode):
         status = DiagnosticStatus(level=level, name=f'{self.get_fully_qualified_name()}: control loop', message=message,
                                   hardware_id=self.contract.robot,
                                   values=[KeyValue(key=key, value=str(value)) for key, value in values.items()])
-        array = DiagnosticArray(status=[status])
+        array = DiagnosticArray(status=[status, *([self._shadow_status()] if self.shadow else [])])
         array.header.stamp = self.get_clock().now().to_msg()
         self.diagnostics.publish(array)
+
+    # --- a shadow, on the executor's thread -----------------------------------------------------------------------------
+    def _compare(self) -> None:
+        """Compare what the loop has seen; publish the error of now, against the arm where no command is heard."""
+        with suppress(IndexError):
+            while True:
+                take, *seen = self.seen.popleft()
+                take(*seen)
+        new = self.comparison.settle()
+        if COMMANDED in new:
+            self.commanded = time.monotonic()
+        which = COMMANDED if time.monotonic() - self.commanded < 1.0 else MEASURED
+        for t, error in new.get(which, ()):
+            message = JointState(name=self.controller.joints, position=error)
+            message.header.stamp, message.header.frame_id = to_stamp(self.clock.stamp(t, moving=True)), which
+            self.error.publish(message)
+
+    def _shadow_status(self) -> DiagnosticStatus:
+        c, values = self.controller, {}
+        if not self.comparison.errors[COMMANDED].count:
+            values[COMMANDED] = f'nothing heard on {self.human.topic_name} while chunks covered it'
+        for name, error in self.comparison.errors.items():
+            if error.count:
+                rms, worst, joint = self.comparison.in_tolerances(name)
+                values[f'{name} [tolerances]'] = f'RMS {rms:.2f}, worst {worst:.2f} ({joint}), {error.count} compared'
+        values = {'chunks': self.comparison.chunks, 'begun anew': c.begun_anew, 'would have faulted': c.would_fault, **values}
+        return DiagnosticStatus(
+            level=DiagnosticStatus.OK, name=f'{self.get_fully_qualified_name()}: against what is done',
+            message='moves nothing', hardware_id=self.contract.robot,
+            values=[KeyValue(key=key, value=str(value)) for key, value in values.items()])
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     def _loop(self) -> None:
@@ -325,6 +401,7 @@ class ControllerNode(LifecycleNode):
             if index < last:
                 self.controller.clock_jumped(now)
                 self.remarks['clock'] = '/clock jumped back'
+                self._show('forget')
                 last = index
             while self.inbox:
                 self._do(self.inbox.popleft(), now)
@@ -370,21 +447,27 @@ class ControllerNode(LifecycleNode):
                 check_finite(positions)
                 taken, = self.clock.convert(self._stamp(message, info))
                 self.controller.joint_state(taken, positions, now)
-        for message, _ in take_all(self.teleop):
-            with self._refusing('teleop'):
+                self._show('measured', taken, positions)
+        for message, _ in take_all(self.human):
+            with self._refusing('commands' if self.shadow else 'teleop'):
                 given, = self.clock.convert(nanoseconds(message.header.stamp))
-                if not message.name:
+                if not message.name and not self.shadow:
                     self.controller.release()
                     continue
                 positions = arrange(message.name, message.position, 1, 1.0, self.controller.joints)[0]
-                self.controller.teleop(given, positions, now)
+                if self.shadow:
+                    self._show('commanded', given, positions)
+                else:
+                    self.controller.teleop(given, positions, now)
         for message, _ in take_all(self.chunks):
             with self._refusing('chunks'):
                 positions = arrange(message.joint_names, message.positions, message.horizon, message.step_period,
                                     self.controller.joints)
                 observed, begins = self.clock.convert(nanoseconds(message.header.stamp), nanoseconds(message.start))
-                self.controller.add_chunk(Chunk(begins, message.step_period, positions, message.epoch, message.sequence,
-                                                observed), now)
+                chunk = Chunk(begins, message.step_period, positions, message.epoch, message.sequence, observed)
+                self.controller.add_chunk(chunk, now)
+                if self.controller.follows_chunks and self.controller.mode != Mode.INACTIVE:
+                    self._show('chunk', chunk)
 
     def _stamp(self, message: JointState, info: dict) -> int:
         published, received = info['source_timestamp'], info['received_timestamp']
@@ -392,17 +475,24 @@ class ControllerNode(LifecycleNode):
         now = self.get_clock().now().nanoseconds if self.sim_time else 0
         return stamp_of(message, self.state_stream, now or published, now or received)
 
+    def _show(self, what: str, *values) -> None:
+        """Leave it to be compared, if this is a shadow; what: a method of Comparison."""
+        if self.shadow:
+            self.seen.append((getattr(self.comparison, what), *values))
+
     @contextmanager
     def _refusing(self, source: str) -> Iterator[None]:
         """In which one message is taken: what is wrong with it is counted and named, then the next one is looked at."""
         try:
             yield
         except (DecodeError, ChunkError, StampError) as error:
-            self.controller.reject(source, non_finite=isinstance(error, (NotFiniteError, NonFiniteError)))
+            if source in SOURCES:
+                self.controller.reject(source, non_finite=isinstance(error, (NotFiniteError, NonFiniteError)))
             self.remarks[source] = f'refused: {error}'
 
     def _tick(self, now: float, elapsed: int) -> None:
         command = self.controller.tick(now, elapsed)
+        self._show('target', now, self.controller.blend.positions if self.controller.blend else None)
         if command is not None:
             # Stamped with the tick it is for, so that differences of commands are exact velocities.
             self.outputs.publish(self.controller.gate, to_stamp(self.clock.stamp(now, moving=True)))
@@ -437,7 +527,7 @@ class ControllerNode(LifecycleNode):
         gc.disable()
         priority = self.get_parameter('realtime_priority').value
         self.scheduler = 'as started'
-        if priority and not self.sim_time:
+        if priority and not self.sim_time and not self.shadow:
             try:
                 os.sched_setscheduler(threading.get_native_id(), os.SCHED_FIFO, os.sched_param(priority))
                 # So does whoever may hold the interpreter when a tick is due: preempted, it would keep the loop waiting.

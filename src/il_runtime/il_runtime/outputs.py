@@ -20,12 +20,13 @@ OUTPUT_TYPES = {'std_msgs/msg/Float64MultiArray': Float64MultiArray, 'sensor_msg
 class Outputs:
     """Publishers of one robot: what the gate allows, to everything that moves."""
 
-    def __init__(self, node: Node, contract: Contract):
+    def __init__(self, node: Node, contract: Contract, shadow: bool = False):
+        """shadow: nothing to what moves, and the stamped command as the node's own ~/command."""
         action = contract.action
-        self._stamped = node.create_publisher(JointState, action.topic, QoSProfile(depth=100))
+        self._stamped = node.create_publisher(JointState, '~/command' if shadow else action.topic, QoSProfile(depth=100))
         self._joints = list(action.joints)
         self._parts = []
-        for output in action.outputs:
+        for output in () if shadow else action.outputs:
             joints = output.joints or action.joints
             self._parts.append((OUTPUT_TYPES[output.type], [action.joints.index(name) for name in joints], list(joints),
                                 node.create_publisher(OUTPUT_TYPES[output.type], output.topic, QoSProfile(depth=1))))

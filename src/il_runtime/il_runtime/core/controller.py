@@ -19,6 +19,8 @@ MAX_NON_FINITE = 3
 """Non-finite inputs of one source in a row that latch a fault."""
 SPEED_SLEW = 2.0
 """Largest change of the speed scale, in full speeds a second: with it chunks are slowed down within the acceleration limits."""
+FAULT_SHOWN = 1.0
+"""A shadow shows a fault for so long before it begins anew [s]."""
 SOURCES = ('chunks', 'joint_states', 'teleop')
 
 
@@ -43,11 +45,15 @@ class Controller:
 
     Nothing moves before `arm`. Every arming, every hand-back by a human and every clock reset issues a new epoch, and only
     chunks that carry it are followed. Not thread-safe: everything is called from the loop.
+
+    A shadow's commands are not sent, and the arm does what somebody else wants: at rest a shadow stands where the arm is, and
+    when the arm has gone another way it begins anew there; it arms itself, and leaves a fault by itself.
     """
 
-    def __init__(self, contract: Contract, ensembler: Ensembler, first_epoch: int = 1, settings: Settings = Settings()):  # noqa: B008
+    def __init__(self, contract: Contract, ensembler: Ensembler, first_epoch: int = 1, settings: Settings = Settings(),  # noqa: B008
+                 shadow: bool = False):
         joints = contract.action_joints
-        self.contract, self.settings = contract, settings
+        self.contract, self.settings, self.shadow = contract, settings, shadow
         self.joints = contract.action.joints
         self.period = 1.0 / contract.control_rate
         self.ensembler = ensembler
@@ -70,6 +76,12 @@ class Controller:
         self.clamped: tuple[str, ...] = ()
         self.ticks = self.clamped_ticks = 0
         self.rejected = dict.fromkeys(SOURCES, 0)
+        self.begun_anew = 0
+        """Times that a shadow was elsewhere than the arm."""
+        self.would_fault = 0
+        """Faults of a shadow, and commands of it that lagged for so long that a controller would have faulted."""
+        self.arms_itself = shadow
+        """A shadow does, until it is told to stop or to hold."""
         self._non_finite = dict.fromkeys(SOURCES, 0)
         self._stop_when_at_rest = False
         self._measured: tuple[float, np.ndarray] | None = None
@@ -146,6 +158,7 @@ class Controller:
         self._stop_when_at_rest, self._human_locked_out, self._held = False, False, False
         self._tracking_since = self._lagging_since = None
         self._may_approach, self.follows_chunks = approach, True
+        self.arms_itself = self.shadow
         self._new_epoch()
         self._event('arm', 'armed')
         if ramp is not None:
@@ -158,6 +171,7 @@ class Controller:
         if self.mode in (Mode.INACTIVE, Mode.FAULT):
             return False, f'{self.mode.name}: nothing to hold'
         self.follows_chunks, self._held = False, True
+        self.arms_itself = False
         self._event('hold', reason)
         if self.mode == Mode.HOLD:
             self.reason = reason
@@ -165,6 +179,7 @@ class Controller:
 
     def stop(self, reason: str = 'told to stop') -> tuple[bool, str]:
         """Come to a bounded stop if moving, then send nothing more. A fault stays a fault."""
+        self.arms_itself = False
         if self.mode != Mode.FAULT:
             self._stop_when_at_rest = True
             self._event('stop', reason)
@@ -182,6 +197,7 @@ class Controller:
 
     def fault(self, reason: str) -> None:
         """Latch a fault: bounded stop, then a fixed pose until `reset_fault`."""
+        self.would_fault += self.shadow and (self.mode, 'fault') in TRANSITIONS
         self._event('fault', reason)
 
     def clock_stalled(self) -> None:
@@ -210,6 +226,8 @@ class Controller:
         must be near again.
         """
         self.ticks += 1
+        if self.arms_itself:
+            self._arm_itself(now)
         missed, armed = elapsed - 1, self.mode != Mode.INACTIVE
         if missed > max(MAX_MISSED, MAX_PAUSE / self.period):
             self._overrun(now, missed)
@@ -240,6 +258,16 @@ class Controller:
             self._event('stopped', self.reason)
             if self._stop_when_at_rest:
                 self._event('stop', self.reason)
+
+    def _arm_itself(self, now: float) -> None:
+        """Nothing moves by a shadow, so it needs nobody to arm it, or to look after its faults."""
+        shown = self.mode == Mode.FAULT and self.gate.at_rest and now - self._entered > FAULT_SHOWN
+        if shown and not self._state_is_stale(now):
+            self.reset_fault()
+        if self.mode == Mode.INACTIVE:
+            before = self.reason
+            armed, message = self.arm(now)
+            self.reason = f'armed by itself; before: {before}' if armed else f'arms itself when it can: {message}'
 
     def _target(self, now: float) -> np.ndarray | None:
         """What the arm is asked for now, shape (D,), by whoever is in charge; None: stop, or stay."""
@@ -377,6 +405,12 @@ class Controller:
             self.fault(f'joint states older than {self.max_state_age:.3f} s')
             return
         off = np.abs(self._measured[1] - self.gate.position) > self.tracking_tolerance
+        if self.shadow:
+            if self.mode == Mode.HOLD:
+                self.gate.rest(self._measured[1])
+            elif off.any() and self.mode != Mode.FAULT:
+                self._begin_anew(f'the arm has gone another way: {self._names(off)}')
+            return
         self._tracking_since = _since(self._tracking_since, off.any(), now)
         if _longer(self._tracking_since, now, self.settings.tracking_time):
             self.fault(f'joints do not follow their command: {self._names(off)}')
@@ -388,11 +422,21 @@ class Controller:
         self._lagging_since = _since(self._lagging_since, following and off.any(), now)
         if _longer(self._lagging_since, now, self.settings.lag_time):
             reason = f'the command lags behind what is asked for: {self._names(off)}'
-            if self.mode == Mode.POLICY:
+            if self.shadow:
+                self.would_fault += 1
+                self._begin_anew(f'a controller would have faulted: {reason}')
+            elif self.mode == Mode.POLICY:
                 self.fault(reason)
             else:
                 self._human_locked_out = True  # until released
                 self._event('released', reason)
+
+    def _begin_anew(self, why: str) -> None:
+        """A shadow goes to rest where the arm is; the policy goes on from there once its command is near."""
+        self.begun_anew += 1
+        self.gate.rest(self._measured[1])
+        self._lagging_since = None
+        self._event('hold', f'begun anew at the measured pose: {why}')
 
     def _names(self, chosen: np.ndarray) -> tuple[str, ...]:
         return tuple(name for name, is_chosen in zip(self.joints, chosen, strict=True) if is_chosen)

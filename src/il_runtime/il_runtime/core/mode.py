@@ -32,7 +32,7 @@ EVENTS = {
     'starved': 'the remaining horizon hardly covers the stopping time, or what is approached has ended',
     'released': 'the human let go (or a limit held the human back for too long)',
     'silent': 'the newest teleop command is older than its time-out, and there was no release',
-    'hold': 'service hold, or a human reached for the arm who cannot be followed',
+    'hold': 'service hold, or a human reached for the arm who cannot be followed; a shadow: the arm has gone another way',
     'stop': 'service stop, deactivate, Ctrl-C, SIGTERM',
     'clock': '/clock stands still or jumped back',
     'overrun': 'the loop was paused for more than two ticks',
