@@ -30,14 +30,15 @@ def generate_launch_description() -> LaunchDescription:
     shadow = LaunchConfiguration('shadow')
     seat = IfElseSubstitution(shadow, 'shadow', 'controller')
     # A shadow plans for itself, whatever controller may be moving the arm meanwhile.
-    apart = [('controller/status', [seat, '/status']), ('chunks', IfElseSubstitution(shadow, 'shadow/chunks', 'chunks'))]
+    chunks = [('chunks', IfElseSubstitution(shadow, 'shadow/chunks', 'chunks'))]
+    apart = [('controller/status', [seat, '/status']), *chunks]
     return LaunchDescription([
         *arguments(namespace='', robot='', contract='', drivers='', params_file='', use_sim_time='false', checkpoint=None,
                    stride='8', speed_scale='20.0', teleop='none', flight='flight', visualizer='true', mcap='', rviz='false'),
         argument('shadow', 'false', 'only show what the policy would do: nothing is commanded, and the arm may be moved by '
                  'hand, by its own teleoperation, or under robot.launch.py', FLAG),
         arm(
-            controller(name=seat, shadow=flag('shadow'), remappings=apart),
+            controller(name=seat, shadow=flag('shadow'), remappings=chunks),
             policy(remappings=apart),
             drivers(),
             teleop(),

@@ -42,7 +42,7 @@ PACKAGES = ('ros_gz_sim', 'ros_gz_bridge', 'ros_gz_image', 'gz_ros2_control', 'c
 
 def generate_launch_description() -> LaunchDescription:
     """Arguments, Gazebo, the arm and its controllers one after the other, then the nodes of this package."""
-    namespace, goal_x, goal_y = (LaunchConfiguration(name) for name in ('namespace', 'goal_x', 'goal_y'))
+    namespace, goal_x, goal_y = LaunchConfiguration('namespace'), LaunchConfiguration('goal_x'), LaunchConfiguration('goal_y')
     controllers = str(SIM / 'controllers.yaml')
 
     def spawner(name) -> Node:

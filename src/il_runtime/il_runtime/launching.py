@@ -125,7 +125,7 @@ def arm(*actions) -> GroupAction:
 def find_contract(condition: IfCondition | None = None) -> OpaqueFunction:
     """Make the argument contract the path of the contract, whichever way it was named; end with what is valid otherwise."""
     def find(context) -> list[SetLaunchConfiguration]:
-        robot, contract = (context.launch_configurations[name] for name in ('robot', 'contract'))
+        robot, contract = context.launch_configurations['robot'], context.launch_configurations['contract']
         path = Path(contract).expanduser() if contract else ROBOTS.get(robot)
         if path is None:
             raise ValueError(f'robot is {robot!r}, valid: {", ".join(ROBOTS)}; or contract:=<path of one of your own>')
