@@ -240,22 +240,27 @@ class Contract:
         """First 16 hex digits of the SHA-256 of the canonical content; independent of comments and key order in the file."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def differences(self, other: Contract) -> list[str]:
-        """Every field in which the two differ, one line each: ``path: mine ≠ theirs``."""
-        lines: list[str] = []
+    def differing(self, other: Contract) -> dict[str, tuple]:
+        """Every field in which the two differ: dotted path → (mine, theirs). Joints go by their names (joints.elbow.velocity);
+        None is a field, or a joint, that one of them does not have."""
+        found: dict[str, tuple] = {}
 
         def compare(path: str, mine, theirs):
             if isinstance(mine, dict) and isinstance(theirs, dict):
                 for key in sorted({*mine, *theirs}):
                     compare(f'{path}.{key}' if path else key, mine.get(key), theirs.get(key))
-            elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
-                for i, (a, b) in enumerate(zip(mine, theirs)):
-                    compare(f'{path}[{i}]', a, b)
             elif mine != theirs:
-                lines.append(f'{path}: {mine!r} ≠ {theirs!r}')
+                found[path] = mine, theirs
 
-        compare('', self.to_dict(), other.to_dict())
-        return lines
+        compare('', *({**data, 'joints': {joint['name']: joint for joint in data['joints']}}
+                      for data in (self.to_dict(), other.to_dict())))
+        if not found and self.hash != other.hash:
+            found['joints'] = tuple([joint.name for joint in contract.joints] for contract in (self, other))
+        return found
+
+    def differences(self, other: Contract) -> list[str]:
+        """Those fields, one line each: ``path: mine ≠ theirs``."""
+        return [f'{path}: {mine!r} ≠ {theirs!r}' for path, (mine, theirs) in self.differing(other).items()]
 
 
 def from_dict(cls, data, where: str):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -143,32 +143,18 @@ def compare_contracts(reference: Contract, carried: Contract, names: tuple[str, 
     if reference.hash == carried.hash:
         return [Finding(PASS, 'contract', f'the same, hash {carried.hash}')]
     findings, harmless = [], []
-    reference, carried = _by_name(reference), _by_name(carried)
-    alike = [joint.name for joint in reference.joints] == [joint.name for joint in carried.joints]
-    for line in reference.differences(carried):
-        path, _, values = line.partition(': ')
-        mine, _, theirs = values.partition(' ≠ ')
-        if path.startswith('joints[') and alike:
-            path = re.sub(r'^joints\[(\d+)\]', lambda place: f'joints.{reference.joints[int(place[1])].name}', path)
-        if MEANING.match(path) and not recorded:
-            continue
+    for path, (mine, theirs) in reference.differing(carried).items():
         level = FAIL if MISREAD.match(path) else WARN if BEHAVIOUR.match(path) else ''
         if level:
-            findings.append(Finding(level, path, theirs, 'E509', f'{mine} ({names[0]})',
+            findings.append(Finding(level, path, str(theirs), 'E509', f'{mine} ({names[0]})',
                                     f'{path}: {theirs} in {names[0]}, if that was right; else {redo}'))
-        else:
+        elif recorded or not MEANING.match(path):
             harmless.append(path)
     if harmless:
-        harmless = list(dict.fromkeys(re.sub(r'\[\d+\].*', '', path) for path in harmless))
         more = f' and {len(harmless) - LISTED} more' if len(harmless) > LISTED else ''
         findings.append(Finding(NOTE, 'contract', f'{names[1]} carries {carried.hash}, not {reference.hash}; of no effect on the '
                                 f'data: {", ".join(harmless[:LISTED])}{more}', 'E509'))
     return findings
-
-
-def _by_name(contract: Contract) -> Contract:
-    """The same with its joints by name, since they are found by name."""
-    return replace(contract, joints=tuple(sorted(contract.joints, key=lambda joint: joint.name)))
 
 
 Ranges = tuple[dict[str, float], dict[str, float]]
