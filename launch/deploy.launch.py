@@ -7,6 +7,8 @@
     ros2 launch il_runtime deploy.launch.py contract:=my_arm.yaml checkpoint:=my_policy shadow:=true rviz:=true
 """
 from launch import LaunchDescription
+from launch.actions import GroupAction
+from launch.conditions import UnlessCondition
 from launch.substitutions import IfElseSubstitution, LaunchConfiguration
 
 from il_runtime.launching import (
@@ -29,21 +31,21 @@ def generate_launch_description() -> LaunchDescription:
     """Arguments, then the nodes of one arm in its namespace."""
     shadow = LaunchConfiguration('shadow')
     seat = IfElseSubstitution(shadow, 'shadow', 'controller')
-    # A shadow plans for itself, whatever controller may be moving the arm meanwhile.
-    chunks = [('chunks', IfElseSubstitution(shadow, 'shadow/chunks', 'chunks'))]
-    apart = [('controller/status', [seat, '/status']), *chunks]
+    # A shadow has a planner of its own, whatever controller may be moving the arm meanwhile.
+    apart = [('controller/status', [seat, '/status']), ('chunks', IfElseSubstitution(shadow, 'shadow/chunks', 'chunks'))]
+    shown = [*apart, ('command', IfElseSubstitution(shadow, 'shadow/command', 'command'))]
     return LaunchDescription([
         *arguments(namespace='', robot='', contract='', drivers='', params_file='', use_sim_time='false', checkpoint=None,
                    stride='8', speed_scale='20.0', teleop='none', flight='flight', visualizer='true', mcap='', rviz='false'),
-        argument('shadow', 'false', 'only show what the policy would do: nothing is commanded, and the arm may be moved by '
-                 'hand, by its own teleoperation, or under robot.launch.py', FLAG),
+        argument('shadow', 'false', 'only show what the policy would do, on shadow/command, while a human moves the arm by hand, '
+                 'by its own teleoperation or under robot.launch.py (that one with visualizer:=false); speed_scale is 100', FLAG),
         arm(
-            controller(name=seat, shadow=flag('shadow'), remappings=chunks),
+            controller(name=seat, shadow=flag('shadow')),
             policy(remappings=apart),
             drivers(),
             teleop(),
-            flight_recorder(),
-            visualizer(remappings=apart),
+            GroupAction([flight_recorder()], condition=UnlessCondition(shadow)),
+            visualizer(remappings=shown),
             rviz(),
         ),
     ])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from il_policies.contract import load_contract
+
 ROOT = Path(__file__).parents[2]
 NODES = ROOT / 'src' / 'il_runtime' / 'il_runtime'
 FILES = {path.name: path.read_text() for path in sorted((ROOT / 'launch').glob('*.py'))}
@@ -179,6 +181,7 @@ def programs() -> set[str]:
 def about_our_nodes(name: str, tree: ast.AST, launching: str) -> Iterator[str]:
     """Executables, their parameters with type and default, remapped topics."""
     defaults = declared(tree)
+    commanded = {load_contract(path).action.topic for path in (ROOT / 'config' / 'robots').glob('*.yaml')}
     for executable, call in [*started(tree, launching), *started(parsed(launching), launching)]:
         if executable not in programs():
             yield f'il_runtime has no {executable}'
@@ -196,7 +199,7 @@ def about_our_nodes(name: str, tree: ast.AST, launching: str) -> Iterator[str]:
                 if given not in (None, '', 'none') and given != str(own).lower() and (name, parameter.arg) not in SLOW_AT_FIRST:
                     yield f'{executable}: {parameter.arg} is {own} by default, here {given}'
         for topic in remapped(tree, call, launching):
-            if f"'{topic}'" not in source:
+            if f"'{topic}'" not in source and topic not in commanded:
                 yield f'{executable} knows no topic {topic}'
 
 
@@ -230,7 +233,7 @@ def about_files(tree: ast.AST) -> Iterator[str]:
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 VALUES = {'true', 'false', 'none', 'auto', 'reach_around', 'base_link', 'il', 'shadow', 'controller', 'chunks', 'shadow/chunks',
-          'visualization', 'robot_description'}
+          'command', 'shadow/command', 'visualization', 'robot_description'}
 """Words in launch files that are no names, or that a launch file itself gives."""
 GAZEBO = {'camera/image', 'config_file', 'geometry_msgs/msg/PointStamped', 'goal', 'gz_args', 'joint_state_broadcaster',
           'joint_trajectory_controller', 'launch', 'log', 'on_exit_shutdown', 'pub', 'ros2', 'so101', 'topic', 'xacro'}
