@@ -170,6 +170,26 @@ def generate_launch_description():
     assert (tmp_path / 'flight' / 'left').is_dir() and (tmp_path / 'scene.mcap').stat().st_size > 1000
 
 
+def test_a_shadow_commands_nothing_beside_the_controller_that_moves_the_arm(launched, node, tmp_path):
+    contract = patient_contract(tmp_path)
+    robot = launched.start('sim.launch.py', f'contract:={contract}', 'camera:=false')
+    shadow = launched.start('deploy.launch.py', f'contract:={contract}', 'shadow:=true',
+                            f'checkpoint:={save_fidgeting_policy(tmp_path / "policy", Scene())}')
+    said = statuses(node, name='shadow')
+    armed(node, statuses(node))
+    wait_for(lambda: said and said[-1].mode == ControllerStatus.POLICY, 90.0, 'the shadow follows')
+
+    def publishers(topic):
+        return [info.node_name for info in node.get_publishers_info_by_topic(topic)]
+
+    assert publishers('forward_position_controller/commands') == publishers('command') == ['controller']
+    assert publishers('shadow/command') == ['shadow'] and publishers('shadow/chunks') == ['policy'] and not publishers('chunks')
+    wait_for(lambda: [info.node_name for info in node.get_subscriptions_info_by_topic('shadow/command')] == ['visualizer'],
+             what='the overlay of the shadow')
+    assert launched.end(shadow) == 0 and launched.end(robot) == 0
+    assert not (tmp_path / 'flight').exists()
+
+
 def test_demonstrations_are_recorded_beside_a_robot(launched, node, tmp_path):
     contract = patient_contract(tmp_path)
     robot = launched.start('sim.launch.py', f'contract:={contract}')
