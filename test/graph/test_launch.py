@@ -179,13 +179,14 @@ def test_a_shadow_commands_nothing_beside_the_controller_that_moves_the_arm(laun
     armed(node, statuses(node))
     wait_for(lambda: said and said[-1].mode == ControllerStatus.POLICY, 90.0, 'the shadow follows')
 
-    def publishers(topic):
-        return [info.node_name for info in node.get_publishers_info_by_topic(topic)]
+    def ends(of, topic):
+        return [info.node_name for info in of(topic)]
 
-    assert publishers('forward_position_controller/commands') == publishers('command') == ['controller']
-    assert publishers('shadow/command') == ['shadow'] and publishers('shadow/chunks') == ['policy'] and not publishers('chunks')
-    wait_for(lambda: [info.node_name for info in node.get_subscriptions_info_by_topic('shadow/command')] == ['visualizer'],
-             what='the overlay of the shadow')
+    publishers, listeners = node.get_publishers_info_by_topic, node.get_subscriptions_info_by_topic
+    wait_for(lambda: ends(publishers, 'shadow/chunks') == ['policy'] and ends(listeners, 'shadow/command') == ['visualizer'],
+             what='planner and overlay of the shadow')
+    assert ends(publishers, 'shadow/command') == ['shadow'] and not ends(publishers, 'chunks')
+    assert ends(publishers, 'forward_position_controller/commands') == ends(publishers, 'command') == ['controller']
     assert launched.end(shadow) == 0 and launched.end(robot) == 0
     assert not (tmp_path / 'flight').exists()
 
