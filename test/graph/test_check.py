@@ -132,6 +132,13 @@ def test_drivers_that_get_it_wrong(node, tmp_path):
     assert 'nobody listens' in found['FAIL', 'E506']
 
 
+def test_nobody_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv('ROS_DOMAIN_ID', '101')  # of the children: this process has joined its own
+    found = check(tmp_path)
+    assert wrong(found) == {'E201'} and 'network: nodes that publish something | nobody but this node' in found['FAIL', 'E201']
+    assert 'ROS_DOMAIN_ID' in found['FAIL', 'E201']
+
+
 def test_a_type_that_is_not_read_is_one_line(tmp_path):
     contract = yaml.safe_load(CONTRACT.read_text())
     contract['observations']['goal']['type'] = 'my_msgs/msg/State'

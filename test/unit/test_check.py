@@ -1,6 +1,7 @@
 """Mismatches made on purpose, one at a time: each must be found, named, and explained with its fix, and nothing else said."""
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -233,6 +234,12 @@ def of_another_type(topic, stamp, message):
 def test_a_bag_that_does_not_fit(clean, tmp_path, change, level, code, place, found, fix):
     bag = write_bag(tmp_path / 'demo', [entry for entry in (change(*entry) for entry in recording(3.0)) if entry])
     assert_only(check([clean['contract'], bag]), level, code, place, found, fix)
+
+
+def test_fields_that_a_message_does_not_have(clean, tmp_path):
+    robot = write_contract(tmp_path / 'other.yaml', changed(observations__goal__fields=['point.x', 'point.q']))
+    assert_only(check([robot, clean['bags']]), FAIL, 'E203', 'goal in 2 of 2',
+                'expected fields point.x, point.q, found point.q: no', 'observations.goal.fields')
 
 
 @pytest.mark.parametrize(('topic', 'code', 'fix'), [('goal', 'E202', 'driver'), ('command', 'E209', 'next_state')])
@@ -515,6 +522,15 @@ def test_what_cannot_be_looked_at_is_a_line_and_2(clean, capsys, arguments, word
         cli.main(['check', *(argument.format(**clean) for argument in arguments)])
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('package', ['rclpy', 'il_runtime'])
+def test_live_without_ros_is_a_line_and_2(clean, capsys, monkeypatch, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == package else find(name))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(['check', str(clean['contract']), '--live'])
+    assert ended.value.code == 2 and f'--live needs {package}, which is not here: ' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('width', [80, 130])

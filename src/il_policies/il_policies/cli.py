@@ -277,8 +277,12 @@ def check(things: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.ar
         raise command.CheckError(f'seconds is {seconds:g}, must be 0.5 to 3600')
     given = [*([contract] if contract else []), *things, *bag, *([dataset] if dataset else []),
              *([checkpoint] if checkpoint else [])]
-    with _bar('checking') as progress:
-        report = command.check(given, (lambda robot: command.listen(robot, seconds, namespace)) if live else None, progress)
+    with Console(stderr=True).status('reading') as status:
+        def listen(robot):
+            status.update(f'listening for {seconds:g} s')
+            return command.listen(robot, seconds, namespace)
+
+        report = command.check(given, listen if live else None, lambda share: status.update(f'bags: {share:.0%}'))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report.to_dict(), indent=1), encoding='utf-8')

@@ -94,7 +94,8 @@ class ProbeNode(Node):
 def _endpoint(info, problem: str) -> Endpoint:
     qos = info.qos_profile
     return Endpoint(f'{info.node_namespace.rstrip("/")}/{info.node_name}', info.topic_type,
-                    f'{qos.reliability.name.lower()}, {qos.durability.name.lower()}', problem)
+                    f'{qos.reliability.name.lower()}, {qos.durability.name.lower()}',
+                    problem.removeprefix('ERROR: ').rstrip(';'))
 
 
 def main() -> None:

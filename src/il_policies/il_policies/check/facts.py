@@ -90,8 +90,7 @@ class Observed:
 
     def __init__(self, stream: Stream, topic: str):
         self.stream, self.topic = stream, topic
-        self._received, self._stamps = array('q'), array('q')
-        self._n = 0
+        self._received, self._stamps, self._delays = array('q'), array('q'), array('q')
         self._orders: dict[tuple[str, ...], None] = {}
         self._low: dict[str, float] = {}
         self._high: dict[str, float] = {}
@@ -101,12 +100,15 @@ class Observed:
 
     def add(self, message, received_ns: int, published_ns: int | None) -> None:
         """A message has arrived."""
+        place = len(self._received)
+        self._received.append(received_ns)
         try:
             stamp = stamp_of(message, self.stream, published_ns, received_ns)
-            self._stamps.append(stamp)
-            self._received.append(received_ns)
         except DataError as error:
             self._fault(error)
+        else:
+            self._stamps.append(stamp)
+            self._delays.append(received_ns - stamp)
         if self.stream.is_image:
             self._encodings[getattr(message, 'encoding', None) or message.format] = None
             if size := _size(message):
@@ -115,7 +117,7 @@ class Observed:
         if self.stream.field:
             self._orders[tuple(message.name)] = None
             values = dict(zip(message.name, getattr(message, self.stream.field)))
-        if not self.stream.is_image or self._n % DECODED == 0:
+        if not self.stream.is_image or place % DECODED == 0:
             try:
                 sample = decode(message, self.stream)
             except DataError as error:
@@ -127,24 +129,24 @@ class Observed:
             if np.isfinite(value):
                 self._low[name] = min(self._low.get(name, value), float(value))
                 self._high[name] = max(self._high.get(name, value), float(value))
-        self._n += 1
 
     def _fault(self, error: DataError) -> None:
         self._faults.setdefault(error.code, [error.message.removeprefix(f'{self.stream.topic}: '), 0])[1] += 1
 
     def measured(self) -> Measured:
         """What came until now."""
-        stamps, received = np.frombuffer(self._stamps, np.int64), np.frombuffer(self._received, np.int64)
-        report, _ = quality.stream_report('', StreamRecord(self.stream, self.topic, stamps, received, None, None), stamps, 0,
-                                          1.0, 0.0)
+        n, stamps = len(self._received), np.frombuffer(self._stamps, np.int64)
+        times = stamps if len(stamps) == n else np.frombuffer(self._received, np.int64)
+        report, _ = quality.stream_report('', StreamRecord(self.stream, self.topic, times, times, None, None), times, 0, 1.0, 0.0)
         latency, stamped = None, None
         if len(stamps):
             stamped = float(np.median(stamps)) / SECOND
             if self.stream.clock != 'receive':
-                latency = tuple(round(float(part), 6) for part in np.percentile((received - stamps) / SECOND, (50, 95)))
-        return Measured(self.topic, self._n, report['rate_hz'], report['jitter_s'], report['dt_max_s'], latency, stamped,
+                delays = np.percentile(np.frombuffer(self._delays, np.int64) / SECOND, (50, 95))
+                latency = round(float(delays[0]), 6), round(float(delays[1]), 6)
+        return Measured(self.topic, n, report['rate_hz'], report['jitter_s'], report['dt_max_s'], latency, stamped,
                         tuple(self._orders), self._low, self._high, tuple(self._sizes), tuple(self._encodings),
-                        {code: f'{text} ({count} of {self._n} messages)' for code, (text, count) in self._faults.items()})
+                        {code: f'{text} ({count} of {n} messages)' for code, (text, count) in self._faults.items()})
 
 
 def _size(message) -> tuple[int, int] | None:

@@ -10,7 +10,6 @@ from il_policies.check.facts import Endpoint, Graph, Measured
 from il_policies.check.findings import FAIL, NOTE, PASS, WARN, Finding
 from il_policies.check.robot import renaming
 from il_policies.contract import Contract, Joint, Output, Stream
-from il_policies.data.errors import CODES
 from il_policies.data.quality import (
     CLOCK_AHEAD_FAIL,
     CLOCK_AHEAD_WARN,
@@ -36,6 +35,9 @@ FEW = 5
 MERGE = ('ros2 run joint_state_publisher joint_state_publisher --ros-args -p source_list:="[{}]", if arm and gripper publish '
          'apart; else stop one of them')
 OUTPUT_TYPES = get_args(get_type_hints(Output)['type'])
+IMAGE_TYPES = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
+EVERYWHERE = {'/rosout', '/parameter_events'}
+"""Topics that every node publishes."""
 GRIPPER = ('grip', 'finger', 'jaw', 'claw', 'hand')
 
 
@@ -46,20 +48,19 @@ def check_streams(contract: Contract, seen: dict[str, Measured], sim_time: bool 
     if sim_time is None:
         latencies = {name: measured.latency[:1] for name, measured in seen.items() if measured.latency}
         offset = clock_offset(latencies, any(m.n and m.latency is None for m in seen.values())) or 0.0
-    joints = {joint.name: joint for joint in contract.joints}
     declared, findings = streams_of(contract), []
     for name, measured in seen.items():
         if measured.n:
-            findings += _stream(name, declared.get(name) or declared['action'], measured, joints, offset, sim_time)
+            findings += _stream(name, declared.get(name) or declared['action'], measured, contract, offset, sim_time)
     if offset:
         findings.append(Finding(NOTE, 'clock', f'all stamps are {offset:+.4g} s before their arrival, as of simulated time'))
     return findings
 
 
-def _stream(name: str, stream: Stream, seen: Measured, joints: dict[str, Joint], offset: float,
+def _stream(name: str, stream: Stream, seen: Measured, contract: Contract, offset: float,
             sim_time: bool | None) -> list[Finding]:
     place = name if seen.topic.strip('/') == name else f'{name} ({seen.topic})'
-    key = f'observations.{name}' if name not in ('action', 'teleop') else 'action'
+    key = f'observations.{name}'
     findings: list[Finding] = []
     fits: list[str] = []
 
@@ -67,28 +68,29 @@ def _stream(name: str, stream: Stream, seen: Measured, joints: dict[str, Joint],
         findings.append(Finding(level, place, found, code, expected, fix))
 
     for code, words in seen.faults.items():
-        if code == 'E203' and stream.field and seen.orders:
+        if code == 'E203' and stream.field:
             _names(stream, seen, key, words, fault)
+        elif code == 'E203':
+            fault(FAIL, code, f'fields {", ".join(stream.fields)}', words,
+                  f'{key}.fields: attribute paths that {stream.type} has')
         elif code == 'E204':
-            fault(FAIL, code, f'a stamp by the clock `{stream.clock}`', words,
-                  f'have the driver stamp the header with the time of measurement, or {key}.clock: receive')
+            fault(FAIL, code, f'a stamp by the clock `{stream.clock}`', words, 'stamp the header with the time of measurement'
+                  + (f', or {key}.clock: receive' if name in contract.observations else ''))
         elif code == 'E205':
             fault(FAIL, code, 'finite values', words, 'repair the driver: a joint that is not read must not be NaN')
         else:
-            fault(FAIL, code, CODES.get(code, 'a sample').replace('cannot', 'can'), words, f'the encoding in the driver, or '
-                  f'{key}.type, {key}.depth')
+            fault(FAIL, code, 'an image that can be decoded', words,
+                  f'another encoding in the driver, or {key}.type, {key}.depth')
     if seen.orders and 'E203' not in seen.faults:
         extra = [n for n in seen.orders[0] if n not in stream.names]
         order = [n for n in seen.orders[0] if n in stream.names]
         fits.append('names' + (' (in another order: matched by name)' if order != list(stream.names) else '')
                     + (f', beside {len(extra)} more' if extra else ''))
-    if name == 'action':
-        fits.append('commands')
-    elif name != 'teleop':
+    if name in contract.observations:
         _rate(stream, seen, key, offset, fault, fits)
     _clock(stream, seen, key, offset, sim_time, fault, fits)
     if stream.field == 'position':
-        units = check_units(place, seen.low, seen.high, joints.values())
+        units = check_units(place, seen.low, seen.high, contract.joints)
         findings += units
         if seen.low and not units:
             fits.append('values within the limits')
@@ -108,7 +110,7 @@ def _names(stream: Stream, seen: Measured, key: str, words: str, fault) -> None:
               'one entry a joint in the driver')
     elif missing:
         fault(FAIL, 'E203', f'joints {", ".join(missing)}', f'{", ".join(present)}', 'the spelling of the driver in the contract '
-              f'(joints, {key}.names, action.joints): {renaming(missing, present)}')
+              f'(joints, observations.*.names, action.joints): {renaming(missing, present)}')
     elif len(seen.orders) > 1:
         fault(FAIL, 'E203', 'all joints in each message', 'messages with ' + ' and others with '.join(
             ', '.join(order) for order in seen.orders), MERGE.format(f'{seen.topic}, …'))
@@ -119,7 +121,7 @@ def _names(stream: Stream, seen: Measured, key: str, words: str, fault) -> None:
 
 def _rate(stream: Stream, seen: Measured, key: str, offset: float, fault, fits: list[str]) -> None:
     if seen.n < FEW or not seen.rate:
-        fault(NOTE, '', '', f'{seen.n} messages tell no rate', '')
+        fault(NOTE, '', '', f'too few messages to tell a rate: {seen.n}', '')
         return
     off, period = seen.rate / stream.rate - 1, 1 / seen.rate
     if abs(off) > RATE_TOLERANCE or off < -RATE_WARN:
@@ -266,9 +268,14 @@ def check_graph(contract: Contract, graph: Graph) -> list[Finding]:
     absent: dict[str, list[str]] = {}
     for topic, names in by_topic.items():
         stream = contract.observations[names[0]]
-        if not graph.publishers[topic]:
+        if graph.publishers[topic]:
+            findings += _published(names, topic, stream, graph)
+        else:
             absent[topic] = names
-        findings += _publishers(', '.join(names), topic, stream, graph)
+    if graph.topics.keys() <= EVERYWHERE:
+        return [*findings, Finding(FAIL, 'network', 'nobody but this node', 'E201', 'nodes that publish something', 'start the '
+                                   'drivers; compare ROS_DOMAIN_ID and ROS_AUTOMATIC_DISCOVERY_RANGE with theirs (LOCALHOST is '
+                                   'this machine only, SUBNET is all)')]
     findings += _absent(contract, graph, absent)
     findings += _teleop(graph)
     ours = {endpoint.node for endpoint in graph.publishers[graph.resolved[contract.action.topic]]}
@@ -280,36 +287,24 @@ def check_graph(contract: Contract, graph: Graph) -> list[Finding]:
     return findings
 
 
-def _publishers(names: str, topic: str, stream: Stream, graph: Graph) -> list[Finding]:
-    """Of a stream that is published."""
-    place, offers, key = f'{names} ({topic})', graph.publishers[topic], f'observations.{names.split(", ")[0]}'
-    seen = graph.streams[names.split(', ')[0]]
-    findings = []
+def _published(names: list[str], topic: str, stream: Stream, graph: Graph) -> list[Finding]:
+    """Of a topic that somebody publishes, and the features that are made of it."""
+    place, offers, key = f'{", ".join(names)} ({topic})', graph.publishers[topic], f'observations.{names[0]}'
     types = sorted({endpoint.type for endpoint in offers})
-    if types and types != [stream.type]:
-        return [Finding(FAIL, place, f'{", ".join(types)} by {_nodes(offers)}', 'E201', stream.type,
-                        _retype(key, topic, stream, graph, types))]
-    if len(offers) > 1:
-        split = MERGE.format(', '.join([f'{topic}_arm', f'{topic}_gripper'])) if stream.field else 'stop one of them'
-        findings.append(Finding(FAIL, place, f'{len(offers)}: {_nodes(offers)}', 'E505', 'one publisher', split))
-    for endpoint in offers:
-        if endpoint.incompatible:
-            findings.append(_incompatible(place, endpoint, 'publisher'))
-    if offers and not seen.n and not any(endpoint.incompatible for endpoint in offers):
+    if types != [stream.type]:
+        fix = (f'{key}.type: {types[0]}' if stream.is_image and types[0] in IMAGE_TYPES else
+               _instead(key, topic, stream.type, graph) or f'{key}.type: {types[0]}, with the fields it has')
+        return [Finding(FAIL, place, f'{", ".join(types)} by {_nodes(offers)}', 'E201', stream.type, fix)]
+    findings = [_incompatible(place, endpoint, 'publisher') for endpoint in offers if endpoint.incompatible]
+    if not graph.streams[names[0]].n and not findings:
         latched = any('transient_local' in endpoint.qos for endpoint in offers)
         fix = (f'publish it {stream.rate:g} times a second: whoever starts later never sees what was published once'
                if latched else f'look at {_nodes(offers)}: it is there and says nothing (unplugged, not activated?)')
         findings.append(Finding(FAIL, place, f'silent for {graph.seconds:g} s', 'E202', f'{stream.rate:g} Hz', fix))
-    if offers and not findings:
-        findings.append(Finding(PASS, place, f'{stream.type} by {_nodes(offers)}, {offers[0].qos}'))
-    return findings
-
-
-def _retype(key: str, topic: str, stream: Stream, graph: Graph, types: list[str]) -> str:
-    pairs = {'sensor_msgs/msg/Image': 'sensor_msgs/msg/CompressedImage'}
-    if stream.is_image and types[0] in (*pairs, *pairs.values()):
-        return f'{key}.type: {types[0]}'
-    return _instead(key, topic, stream.type, graph) or f'{key}.type: {types[0]}, with the fields it has'
+    if len(offers) > 1:
+        fix = MERGE.format(f'{topic}_arm, {topic}_gripper') if stream.field else 'stop one of them'
+        findings.append(Finding(FAIL, place, f'{len(offers)}: {_nodes(offers)}', 'E505', 'one publisher', fix))
+    return findings or [Finding(PASS, place, f'{stream.type} by {_nodes(offers)}, {offers[0].qos}')]
 
 
 def _absent(contract: Contract, graph: Graph, absent: dict[str, list[str]]) -> list[Finding]:
