@@ -27,18 +27,17 @@ class Human:
     def __init__(self, node, contract):
         from diagnostic_msgs.msg import DiagnosticArray
         from il_msgs.msg import ActionChunk, ControllerStatus
-        from rclpy.qos import qos_profile_sensor_data
         from sensor_msgs.msg import JointState
 
-        from il_runtime.ros import STATUS_QOS, chunk_qos
+        from il_runtime.ros import STATUS_QOS
         self.node, self.names = node, list(load_contract(contract).action.joints)
         self.states, self.commands, self.chunks, self.errors, self.shadow_commands = [], [], [], [], []
         self.statuses, self.shadows, self.diagnostics = [], [], []
         self.teleop = node.create_publisher(JointState, 'teleop', 10)
-        node.create_subscription(JointState, 'joint_states', self.states.append, qos_profile_sensor_data)
-        for topic, kept in (('command', self.commands), ('shadow/error', self.errors), ('shadow/command', self.shadow_commands)):
-            node.create_subscription(JointState, topic, kept.append, 100)
-        node.create_subscription(ActionChunk, 'shadow/chunks', self.chunks.append, chunk_qos())
+        for topic, kept in (('joint_states', self.states), ('command', self.commands), ('shadow/error', self.errors),
+                            ('shadow/command', self.shadow_commands)):
+            node.create_subscription(JointState, topic, kept.append, 1000)  # on a busy machine this process falls behind
+        node.create_subscription(ActionChunk, 'shadow/chunks', self.chunks.append, 1000)
         node.create_subscription(ControllerStatus, 'controller/status', self.statuses.append, STATUS_QOS)
         node.create_subscription(ControllerStatus, 'shadow/status', self.shadows.append, STATUS_QOS)
         node.create_subscription(DiagnosticArray, '/diagnostics', self.diagnostics.append, 10)
@@ -92,7 +91,7 @@ def test_a_shadow_beside_a_human_moves_nothing_and_tells_how_far_they_are_apart(
     from il_msgs.msg import ControllerStatus
     human, modes = scene, (ControllerStatus.POLICY, ControllerStatus.HOLD)
     wait_for(lambda: human.shadows[-1].mode == ControllerStatus.POLICY, what='the shadow follows its planner, armed by nobody')
-    assert human.statuses[-1].mode == ControllerStatus.HOLD, 'whose chunks the controller does not hear'
+    assert human.statuses[-1].mode == ControllerStatus.HOLD, human.statuses[-1].reason  # it does not hear those chunks
     # A human who is half as fast as the policy, so that both part and meet again.
     start = human.states[-1].position[0]
     driving = threading.Thread(target=human.drive, args=(8.0, lambda t: start + 0.6 * np.sin(0.8 * t)))
@@ -106,7 +105,7 @@ def test_a_shadow_beside_a_human_moves_nothing_and_tells_how_far_they_are_apart(
     time.sleep(0.3)
     assert nodes.stop('shadow') == 0
 
-    assert ControllerStatus.FAULT not in {status.mode for status in human.statuses}
+    assert not [status.reason for status in human.statuses if status.mode == ControllerStatus.FAULT]
     assert {status.mode for status in human.shadows} <= {*modes, ControllerStatus.STOPPING, ControllerStatus.INACTIVE}
     anew = [status for status in human.shadows if status.reason.startswith('begun anew at the measured pose')]
     assert anew and anew[0].mode == ControllerStatus.HOLD, 'the arm has gone another way, and the status says so'
@@ -141,8 +140,9 @@ def test_a_shadow_beside_a_human_moves_nothing_and_tells_how_far_they_are_apart(
     wanted = AMPLITUDE * np.sin(RATE * (when - began)) - np.interp(when, stamps, commands)
     assert inside.sum() > 250
     assert np.quantile(np.abs(errors - wanted)[inside], 0.95) < 0.02, 'linear between the steps of a chunk: up to 4 mrad'
+    assert int(re.search(r'begun anew (\d+) times', log)[1]) >= len({status.header.stamp.sec for status in anew})
     said = human.said()
-    assert int(said['begun anew']) >= len({status.header.stamp.sec for status in anew}) >= 1
+    assert int(said['begun anew']) >= 1
     assert {'in 0.1 s [tolerances]', 'target - command [tolerances]', 'target - arm [tolerances]'} <= set(said)
 
 
@@ -168,9 +168,7 @@ def test_stopped_and_held_by_service_it_waits_to_be_armed(scene, node):
     for service, mode in (('hold', ControllerStatus.HOLD), ('stop', ControllerStatus.INACTIVE)):
         wait_for(lambda: human.shadows[-1].mode == ControllerStatus.POLICY, what='POLICY')
         assert call(node, Trigger, f'shadow/{service}').success
-        wait_for(lambda: human.shadows[-1].mode == mode and not human.shadows[-1].follows_chunks or
-                 mode == human.shadows[-1].mode == ControllerStatus.INACTIVE, what=service)
-        time.sleep(0.5)
+        time.sleep(1.0)
         assert human.shadows[-1].mode == mode
         refused = call(node, Arm, 'shadow/arm', Arm.Request(approach=True))
         assert not refused.success and 'cannot approach' in refused.message
