@@ -205,6 +205,11 @@ def test_commands_leave_a_trail(scene):
     trail, = of(scene, 'commanded', START + 3.0)
     shown = [i for i in range(150) if 0.02 * i >= 3.0 - TRAIL_S - 1e-6]
     np.testing.assert_allclose(trail.points, tips(commands[shown]), atol=1e-6)
+    scene.command(np.zeros(D), START + 3.5)  # armed again, elsewhere
+    assert not of(scene, 'commanded', START + 3.5)
+    scene.command(np.ones(D), START + 3.52)
+    trail, = of(scene, 'commanded', START + 3.52)
+    np.testing.assert_allclose(trail.points, tips(np.outer([0.0, 1.0], np.ones(D))), atol=1e-6)
     assert not of(scene, 'commanded', START + 10.0)
 
 

@@ -26,6 +26,8 @@ FAINTEST = 0.08
 """Opacity of a chunk that is about to end."""
 TRAIL_S = 2.0
 """How much of the commanded motion is shown [s]."""
+PAUSE_S = 0.2
+"""After a longer pause commands begin a new trail [s]."""
 AHEAD = 40
 """Points of the path ahead."""
 SILENT_S = 1.0
@@ -120,6 +122,8 @@ class Scene:
 
     def command(self, positions: np.ndarray, given: float) -> None:
         """Commanded positions in action order, shape (D,), of a time that is not before that of the last one."""
+        if self._trail and given - self._trail[-1][0] > PAUSE_S:
+            self._trail.clear()
         self._trail.append((given, self.skeleton.positions([positions])[0, self.skeleton.tips]))
         self._commanded = positions
 
@@ -144,7 +148,7 @@ class Scene:
         for plan in plans:
             left = (plan.chunk.end - now) / max(plan.chunk.end - plan.chunk.observed, 1e-9)
             colour = (*PLAN, min(max(left, FAINTEST), 1.0))
-            shapes += [Shape('chunks', plan.number * len(plan.paths) + i, 'path', path, colour, 1.3 * width)
+            shapes += [Shape('chunks', plan.number * len(plan.paths) + i, 'path', path, colour, 1.6 * width)
                        for i, path in enumerate(plan.paths) if len(path) > 1]
         if plans:
             shapes += self._body('goal', plans[-1].goal, (*PLAN, 0.4), 4 * width)
