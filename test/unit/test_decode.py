@@ -144,6 +144,51 @@ def test_raw_images_refused():
         decode(short, CAMERA)
 
 
+def planar(message, encoding):
+    """Knows one encoding more: 'planes', red, green and blue one after the other, or 'metres', depth as float64."""
+    if message.encoding == 'planes' and encoding == 'rgb8':
+        return np.moveaxis(message.data.reshape(3, message.height, message.width), 0, -1)
+    if message.encoding == 'metres' and encoding == 'passthrough':
+        return message.data.view('<f8').reshape(message.height, message.width)
+    if message.encoding == 'odd':
+        return np.zeros((2, 2), np.float32)
+    raise DecodeError(f'never heard of {message.encoding!r}', 'E208')
+
+
+def test_encodings_that_are_not_read_here_are_asked_for():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    planes = raw('planes', np.moveaxis(pixels, -1, 0).reshape(24, 12, 1), height=8)
+    np.testing.assert_array_equal(decode(planes, CAMERA, planar), pixels)
+    with pytest.raises(DecodeError, match="E208 camera: encoding is 'planes'; valid: rgb8"):
+        decode(planes, CAMERA)  # as the converter does
+    metres = np.array([[0.0, 1.2344, np.nan], [70.0, -1.0, 0.5]])
+    depth = decode(raw('metres', metres[..., None]), replace(DEPTH, image_size=(2, 3)), planar)
+    np.testing.assert_array_equal(depth[..., 0], [[0, 1234, 0], [65535, 0, 500]])
+    with pytest.raises(DecodeError, match="E208 camera: never heard of '8UC3'"):
+        decode(raw('8UC3', np.zeros((8, 12, 3), np.uint8)), CAMERA, planar)
+    with pytest.raises(DecodeError, match=r"camera: encoding 'odd' gives \(2, 2\) float32, which is no colour image of 8 x 12"):
+        decode(raw('odd', np.zeros((8, 12, 3), np.uint8)), CAMERA, planar)
+
+
+@pytest.mark.parametrize('encoding', COLOUR)
+def test_nobody_is_asked_for_what_is_read_here(encoding):
+    """Live images must be those of the converter, bit for bit."""
+    layout = COLOUR[encoding]
+    rng = np.random.default_rng(0)
+    message = raw(encoding, rng.integers(0, 200, (12 if layout.planar else 8, 12, layout.channels)).astype(layout.dtype), height=8)
+
+    def convert(*_):
+        pytest.fail('asked')
+
+    np.testing.assert_array_equal(decode(message, CAMERA, convert), decode(message, CAMERA))
+
+
+@pytest.mark.parametrize(('encoding', 'stream'), [('16UC1', CAMERA), ('rgb8', DEPTH)])
+def test_nobody_makes_colour_of_depth(encoding, stream):
+    with pytest.raises(DecodeError, match='the contract says depth'):
+        decode(raw(encoding, np.zeros((8, 12, 3), np.uint8)), stream, planar)
+
+
 @pytest.mark.parametrize('encoding', COLOUR)
 @pytest.mark.parametrize('size', [(0, 0), (1, 1), (1, 2), (3, 5), (2, 2)])
 def test_no_encoding_fails_otherwise_than_with_words(encoding, size):

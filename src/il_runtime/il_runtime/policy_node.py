@@ -16,6 +16,7 @@ from il_policies.contract import load_contract
 from il_policies.data.align import buffers, observation_at
 from il_policies.data.decode import DecodeError, decode, stamp_of
 from il_policies.planner import NOISE, Planner
+from il_runtime.images import convert
 from il_runtime.ros import STATUS_QOS, Worker, be_nice, chunk_qos, declare, loud, message_class, run, start, to_stamp
 
 FOLLOWING = (ControllerStatus.HOLD, ControllerStatus.POLICY, ControllerStatus.APPROACH)
@@ -92,7 +93,7 @@ class PolicyNode(LifecycleNode):
     def _on_sample(self, name: str, message, info: dict) -> None:
         stream = self.streams[name].stream
         try:
-            sample = decode(message, stream)
+            sample = decode(message, stream, convert)
             stamp = stamp_of(message, stream, info['source_timestamp'], self.get_clock().now().nanoseconds)
         except DecodeError as error:
             self.get_logger().warning(f'{name} ignored: {error}', throttle_duration_sec=1.0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from array import array
 from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
@@ -29,6 +28,7 @@ from il_policies.sim import reach_around
 from il_policies.sim.arm import Arm, SceneError, Simulation
 from il_policies.sim.reach_around import ReachAround, Scene
 from il_policies.sim.trajectory import TrajectoryError, TrajectoryFollower, arranged
+from il_runtime.images import to_message
 from il_runtime.ros import Worker, be_nice, declare, message_class, nanoseconds, run, to_stamp
 
 TASKS = ('auto', 'reach_around', 'none')
@@ -55,6 +55,8 @@ class SimulatorNode(Node):
         description = declare(self, 'description', '', "URDF instead of the contract's: package://<package>/<path>, or a path")
         camera = declare(self, 'camera', True, "publish the contract's cameras")
         size = declare(self, 'camera_size', [0, 0], 'height and width of images [px]; 0, 0: as in the contract')
+        self.encoding = declare(self, 'camera_encoding', 'rgb8', 'of raw images, where the contract says sensor_msgs/msg/Image; '
+                                'others than rgb8, such as bgr8 or mono8, need cv_bridge')
         self.factor = declare(self, 'real_time_factor', 1.0, 'simulated seconds per second; other than 1 needs '
                               'publish_clock', 0.05, 100.0)
         be_nice(self)
@@ -64,6 +66,7 @@ class SimulatorNode(Node):
             raise SceneError(f'real_time_factor is {self.factor:g}: without publish_clock only 1 is valid')
         if len(size) != 2 or min(size) < 0 or max(size) > 4096 or (0 in size and max(size) > 0):
             raise SceneError(f'camera_size is {list(size)}, must be height and width, 1 to 4096 each, or 0, 0')
+        to_message(np.zeros((2, 2, 3), np.uint8), self.encoding)  # what cannot be published is known before it is due
         self.sim = self._simulation(task, description, camera)
         self.step = self.sim.step_period
         self.step_ns, self.control_ns = round(self.step * 1e9), round(1e9 / self.contract.control_rate)
@@ -312,9 +315,7 @@ class SimulatorNode(Node):
         size, frame = size if all(size) else stream.image_size, self.sim.frames[name]
         if stream.type == 'sensor_msgs/msg/Image':
             def take() -> Image:
-                height, width = size
-                return Image(height=height, width=width, encoding='rgb8', step=3 * width,
-                             data=array('B', self.sim.render(size, camera=name).tobytes()))
+                return to_message(self.sim.render(size, camera=name), self.encoding)
         else:
             def take() -> CompressedImage:
                 return CompressedImage(format='jpeg', data=self.sim.photograph(size, camera=name))

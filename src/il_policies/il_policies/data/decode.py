@@ -6,6 +6,7 @@ what else is in the frame: 16-bit images lose their lower byte, depth is in mill
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import cv2
@@ -60,14 +61,20 @@ class NotFiniteError(DecodeError):
     """A message that holds NaN or infinity."""
 
 
-def decode(message, stream: Stream) -> np.ndarray:
-    """The sample in a message: (D,) float64, or in the stream's image size (h, w, 3) uint8 RGB or (h, w, 1) uint16 depth
-    [mm], 0 where unknown.
+Convert = Callable[[object, str], np.ndarray]
+"""convert(raw image, encoding): its pixels in that encoding, (h, w) or (h, w, channels). Raises DecodeError."""
 
+
+def decode(message, stream: Stream, convert: Convert | None = None) -> np.ndarray:
+    """The sample in a message: (D,) float64, or in the stream's image size.
+
+    That is (h, w, 3) uint8 RGB or (h, w, 1) uint16 depth [mm], 0 where unknown.
+
+    convert: asked for raw images in encodings that are not read here; the converter of bags has none.
     Raises DecodeError if something is missing, doubled, not finite or not decodable.
     """
     if stream.is_image:
-        return resize(_image(message, stream), stream.shape)
+        return resize(_image(message, stream, convert), stream.shape)
     if stream.field:
         values = _joints(message, stream)
     else:
@@ -141,8 +148,10 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def resize(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """An image in the size of `shape`: by area when it shrinks, linear when it grows; depth by its nearest pixel, since the
-    mean over an edge is a distance at which nothing is."""
+    """An image in the size of `shape`: by area when it shrinks, linear when it grows.
+
+    Depth by its nearest pixel, since the mean over an edge is a distance at which nothing is.
+    """
     height, width, channels = shape
     if image.shape[:2] == (height, width):
         return image
@@ -205,7 +214,7 @@ def _attribute(message, path: str):
     return value
 
 
-def _image(message, stream: Stream) -> np.ndarray:
+def _image(message, stream: Stream, convert: Convert | None = None) -> np.ndarray:
     """The image at its own size, (h, w, 3) uint8 RGB or (h, w, 1) uint16 [mm]."""
     if hasattr(message, 'format'):
         data = bytes(message.data)
@@ -217,6 +226,8 @@ def _image(message, stream: Stream) -> np.ndarray:
     layout = layouts.get(message.encoding)
     if layout is None:
         other = message.encoding in (COLOUR if stream.depth else DEPTH)
+        if convert is not None and not other:
+            return _converted(message, stream, convert)
         hint = f'; the contract says depth: {str(stream.depth).lower()}' if other else ''
         raise DecodeError(f'{stream.topic}: encoding is {message.encoding!r}; valid: {", ".join(layouts)}{hint}', 'E208')
     pixels = _pixels(message, layout, stream)
@@ -229,6 +240,21 @@ def _image(message, stream: Stream) -> np.ndarray:
     except cv2.error:
         raise DecodeError(f'{stream.topic}: {message.width} x {message.height} pixels cannot be {message.encoding}; '
                           'its width and height must be even', 'E208') from None
+
+
+def _converted(message, stream: Stream, convert: Convert) -> np.ndarray:
+    """The image, as whoever knows its encoding reads it: colour as rgb8, depth as the numbers that it holds."""
+    try:
+        pixels = np.asarray(convert(message, 'passthrough' if stream.depth else 'rgb8'))
+    except DecodeError as error:
+        raise error.at(stream.topic) from None
+    expected = (message.height, message.width, *(() if stream.depth else (3,)))
+    if pixels.shape != expected or not (stream.depth or pixels.dtype == np.uint8):
+        raise DecodeError(f'{stream.topic}: encoding {message.encoding!r} gives {pixels.shape} {pixels.dtype}, which is no '
+                          f'{"depth" if stream.depth else "colour"} image of {expected[0]} x {expected[1]}', 'E208')
+    if not stream.depth:
+        return pixels
+    return _millimetres(pixels[:, :, None] * (1.0 if pixels.dtype.kind == 'f' else 1e-3))
 
 
 def _pixels(message, layout: Layout, stream: Stream) -> np.ndarray:
@@ -264,8 +290,10 @@ def _file_depth(data: bytes, where: str) -> np.ndarray:
 
 
 def _compressed_depth(data: bytes, format: str, stream: Stream) -> np.ndarray:
-    """What compressed_depth_image_transport makes: 12 bytes of header, then a PNG: 16UC1 in [mm], or 32FC1 as quantised
-    inverse depth. Returns (h, w, 1) uint16 [mm]."""
+    """What compressed_depth_image_transport makes, as (h, w, 1) uint16 [mm].
+
+    12 bytes of header, then a PNG: 16UC1 in [mm], or 32FC1 as quantised inverse depth.
+    """
     encoding, where = format.split(';')[0].strip(), f'{stream.topic}, format {format!r}'
     if not stream.depth:
         raise DecodeError(f'{where}: a depth image; set depth: true in the contract', 'E208')
