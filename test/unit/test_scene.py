@@ -182,8 +182,8 @@ def test_clamps_are_red_at_the_joint_and_along_the_path_by_how_far_they_hold_it_
         elbow, gripper = (shape for shape in shapes if shape.namespace == 'clamped')
         np.testing.assert_array_equal(elbow.points, links[[scene.skeleton.links.index('lower_arm_link')]])
         np.testing.assert_array_equal(gripper.points, links[[scene.skeleton.links.index('moving_jaw_so101_v1_link')]])
-        assert elbow.colour == pytest.approx((*LIMIT, 0.3 + 0.4 * share)) and gripper.colour == pytest.approx((*LIMIT, 0.3))
-        assert elbow.size == pytest.approx(gripper.size * (1 + share / 3))
+        assert elbow.colour == pytest.approx((*LIMIT, 0.2 + 0.6 * share)) and gripper.colour == pytest.approx((*LIMIT, 0.2))
+        assert elbow.size == pytest.approx(gripper.size * (1 + share))
         path, = (shape for shape in shapes if shape.namespace == 'ensembled')
         np.testing.assert_allclose(path.colour[:3], share * np.array(LIMIT) + (1 - share) * np.array(DEED), atol=1e-6)
     assert 'held back by limits: elbow_flex, gripper' in text(scene, START + 0.3)
@@ -195,7 +195,7 @@ def test_a_clamp_of_which_nobody_knows_how_far_it_holds_back_is_red(scene):
     scene.joint_state(np.zeros(D))
     scene.status(told(mode=3, clamped_joints=['elbow_flex', 'tail']), START)
     clamped, = of(scene, 'clamped', START)
-    assert clamped.colour == pytest.approx((*LIMIT, 0.7))
+    assert clamped.colour == pytest.approx((*LIMIT, 0.8))
 
 
 def test_commands_leave_a_trail(scene):

@@ -143,8 +143,8 @@ class Scene:
             self._trail.popleft()
         held, ahead, plans, width = self._held_back(), self._ahead(now), self._live(now), 0.004 * self.skeleton.length
         words = self._words(now, held)
-        shapes = [Shape('text', 0, 'text', np.array([[0.0, 0.0, 0.7 * self.skeleton.length]]),
-                        (*(LIMIT if self._failed() else INK), 1.0), 0.034 * self.skeleton.length, words)]
+        shapes = [Shape('text', 0, 'text', np.array([[0.0, 0.0, 0.65 * self.skeleton.length]]),
+                        (*(LIMIT if self._failed() else INK), 1.0), 0.024 * self.skeleton.length, words)]
         for plan in plans:
             left = (plan.chunk.end - now) / max(plan.chunk.end - plan.chunk.observed, 1e-9)
             colour = (*PLAN, min(max(left, FAINTEST), 1.0))
@@ -154,7 +154,7 @@ class Scene:
             shapes += self._body('goal', plans[-1].goal, (*PLAN, 0.4), 4 * width)
         if self._links is not None:
             shapes += self._body('arm', self._links, (*ARM, 1.0), 3 * width)
-            shapes += [Shape('clamped', link, 'balls', self._links[[link]], (*LIMIT, 0.3 + 0.4 * far), (24 + 8 * far) * width)
+            shapes += [Shape('clamped', link, 'balls', self._links[[link]], (*LIMIT, 0.2 + 0.6 * far), (18 + 18 * far) * width)
                        for joint, far in held.items() if (link := self.skeleton.link_of.get(joint)) is not None]
         if len(self._trail) > 1:
             trail = np.array([tips for _, tips in self._trail])  # (N, tips, 3)
