@@ -109,8 +109,7 @@ class Stream:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (D,) for low-dimensional streams, (height, width, 3) for images, (height, width, 1) for
-        depth."""
+        """Shape of one sample: (D,) if low-dimensional, (height, width, 3) for images, (height, width, 1) for depth."""
         return (*self.image_size, 1 if self.depth else 3) if self.is_image else (len(self.names or self.fields),)
 
     @property
@@ -241,8 +240,10 @@ class Contract:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def differing(self, other: Contract) -> dict[str, tuple]:
-        """Every field in which the two differ: dotted path → (mine, theirs). Joints go by their names (joints.elbow.velocity);
-        None is a field, or a joint, that one of them does not have."""
+        """Every field in which the two differ: dotted path → (mine, theirs).
+
+        Joints go by their names (joints.elbow.velocity); None is a field, or a joint, that one of them does not have.
+        """
         found: dict[str, tuple] = {}
 
         def compare(path: str, mine, theirs):

@@ -75,8 +75,10 @@ def _entries(stream: Stream) -> tuple[str, ...]:
 
 
 def compare(reference: Interface, other: Interface) -> list[Finding]:
-    """Can what `reference` observes be fed to `other`, and are its actions understood there? Features that `other` does not
-    look at are a NOTE."""
+    """Can what `reference` observes be fed to `other`, and are its actions understood there?
+
+    Features that `other` does not look at are a NOTE.
+    """
     findings, again = [], other.redo.replace('CONTRACT', reference.name)
 
     def differ(level: str, code: str, place: str, expected, found, fix: str) -> None:
@@ -137,9 +139,12 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def compare_contracts(reference: Contract, carried: Contract, names: tuple[str, str], redo: str,
                       recorded: bool = False) -> list[Finding]:
-    """The rest in which the contract that something carries differs: a line a field for what changes the meaning of numbers
-    (FAIL) or the demonstrations (WARN), one together for what does not matter to data. names: of reference and of the other;
-    redo: the command that makes the other anew. recorded: it is a bag, whose content is judged by itself."""
+    """The rest in which the contract that something carries differs.
+
+    A line a field for what changes the meaning of numbers (FAIL) or the demonstrations (WARN), one together for what does not
+    matter to data. names: of reference and of the other; redo: the command that makes the other anew. recorded: it is a bag,
+    whose content is judged by itself.
+    """
     if reference.hash == carried.hash:
         return [Finding(PASS, 'contract', f'the same, hash {carried.hash}')]
     findings, harmless = [], []
@@ -162,8 +167,10 @@ Ranges = tuple[dict[str, float], dict[str, float]]
 
 
 def check_values(seen: Ranges, trained_on: Ranges, place: str, who: str, level: str, fix: str) -> list[Finding]:
-    """Values against those a policy was trained on: further off than these are wide apart, they have another scale, or lie where
-    nothing was demonstrated."""
+    """Values against those a policy was trained on.
+
+    Further off than these are wide apart, they have another scale, or lie where nothing was demonstrated.
+    """
     far = []
     for name, least in trained_on[0].items():
         most = trained_on[1][name]
@@ -173,8 +180,10 @@ def check_values(seen: Ranges, trained_on: Ranges, place: str, who: str, level: 
 
 
 def ranges_of(dataset: Dataset, most: int = 200) -> dict[str, Ranges]:
-    """Lowest and highest value of every entry of features and action, over all episodes or, of more, an even choice of
-    `most`. Raises DataError."""
+    """Lowest and highest value of every entry of features and action. Raises DataError.
+
+    Over all episodes or, of more, an even choice of `most`.
+    """
     names = {**{name: dataset.info.features[name].names for name in dataset.info.lowdim}, 'action': dataset.info.action.names}
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), most)).astype(int)) if len(dataset) else []
     tables = [dataset.lowdim(i) for i in chosen]

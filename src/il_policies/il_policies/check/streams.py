@@ -42,8 +42,10 @@ GRIPPER = ('grip', 'finger', 'jaw', 'claw', 'hand')
 
 
 def check_streams(contract: Contract, seen: dict[str, Measured], sim_time: bool | None = None) -> list[Finding]:
-    """Streams by name as they came. sim_time: live, whether times are simulated; None: from a bag, whose clocks may together
-    be off, as of simulated time."""
+    """Streams by name as they came.
+
+    sim_time: live, whether times are simulated; None: from a bag, whose clocks may together be off, as of simulated time.
+    """
     offset = 0.0
     if sim_time is None:
         latencies = {name: measured.latency[:1] for name, measured in seen.items() if measured.latency}

@@ -442,8 +442,10 @@ def _too_few(recording: Recording, ticks: Ticks, known: dict[str, np.ndarray]) -
 
 def _rows(recording: Recording, stamps: np.ndarray, found: dict[str, np.ndarray], known: dict[str, np.ndarray],
           bounds: tuple[int, int], span: Span, warnings: tuple[str, ...]) -> Rows:
-    """The rows of ticks `stamps` (T,), the first of which is complete; found: name → (T,) places, -1 where the row repeats
-    the one before; known: name → (T,) bool, False where the row is flagged for it.
+    """The rows of ticks `stamps` (T,), the first of which is complete.
+
+    found: name → (T,) places, -1 where the row repeats the one before; known: name → (T,) bool, False where the row is
+    flagged for it.
     """
     contract, streams = recording.contract, recording.streams
     filled = ~np.all(list(known.values()), axis=0)

@@ -297,8 +297,10 @@ class _Plan:
     """Which episodes make the dataset: those that are there, and those that are still to be made."""
 
     def __init__(self, bags: dict[Path, str | BagError], out: Path, info: DatasetInfo, salvage: bool, prune: bool):
-        """bags: path → key, or why it cannot be read. Raises DataError if the dataset holds episodes of other bags that are
-        not to be removed."""
+        """bags: path → key, or why it cannot be read.
+
+        Raises DataError if the dataset holds episodes of other bags that are not to be removed.
+        """
         self.out, self.prune = out, prune
         self.staging, self.episodes = out / '.converting', out / 'episodes'
         self.places = {path: _digest(str(path.resolve())) for path in bags}

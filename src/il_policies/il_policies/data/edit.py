@@ -114,8 +114,10 @@ def choose_parts(dataset: Dataset, parts: Sequence[str], seed: int = 0) -> dict[
 
 
 def _take(dataset: Dataset, free: dict[int, int], name: str, named: str) -> list[int]:
-    """Places of the episodes of an index, or of those there are between two; they then are no longer in `free`, which is
-    index → place."""
+    """Places of the episodes of an index, or of those there are between two.
+
+    They then are no longer in `free`, which is index → place.
+    """
     first, _, last = named.partition('-')
     present = [meta['index'] for meta in dataset.episodes if int(first) <= meta['index'] <= int(last or first)]
     if not present:

@@ -44,8 +44,10 @@ class Figure:
     """Where what is allowed depends on the streams: whether a report keeps to it."""
 
     def level(self, episode: Episode) -> str:
-        """PASS, WARN or FAIL for this figure, never worse than the episode's verdict, which knows more; '' if nothing depends
-        on it."""
+        """PASS, WARN or FAIL for this figure; '' if nothing depends on it.
+
+        Never worse than the episode's verdict, which knows more.
+        """
         value = episode.worst[self.key]
         low, high = self.warn or (-math.inf, math.inf)
         if self.allowed is not None:

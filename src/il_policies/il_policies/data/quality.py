@@ -143,8 +143,10 @@ def assess_rows(info: DatasetInfo, lowdim: dict[str, np.ndarray]) -> dict:
 
 
 def state_of(info: DatasetInfo, lowdim: dict[str, np.ndarray]) -> np.ndarray | None:
-    """The measured counterpart of the action, (T, A): the contract's joint_state, else the first feature that has an entry of
-    every action's name, else None."""
+    """The measured counterpart of the action, (T, A).
+
+    The contract's joint_state, else the first feature that has an entry of every action's name, else None.
+    """
     names = [info.contract['joint_state']] if info.contract else info.lowdim
     for name in names:
         entries = info.features[name].names
