@@ -216,7 +216,7 @@ class ControllerNode(LifecycleNode):
         self.thread.join(timeout=1.0)
         gc.unfreeze()
         gc.enable()
-        os.sched_setscheduler(os.getpid(), os.SCHED_OTHER, os.sched_param(0))
+        self._schedule_threads(os.SCHED_OTHER, 0)
         self._publish_status(self.clock.now())
         if self.shadow:
             self._compare()
@@ -529,13 +529,20 @@ class ControllerNode(LifecycleNode):
         self.scheduler = 'as started'
         if priority and not self.sim_time and not self.shadow:
             try:
+                # Every thread that may hold what the loop needs when a tick is due, the interpreter or a lock of the middleware:
+                # preempted by somebody else's work, it would keep the loop waiting.
+                self._schedule_threads(os.SCHED_FIFO, max(priority - 1, 1))
                 os.sched_setscheduler(threading.get_native_id(), os.SCHED_FIFO, os.sched_param(priority))
-                # So does whoever may hold the interpreter when a tick is due: preempted, it would keep the loop waiting.
-                os.sched_setscheduler(os.getpid(), os.SCHED_FIFO, os.sched_param(max(priority - 1, 1)))
                 self.scheduler = f'SCHED_FIFO {priority}'
             except PermissionError:
                 pass
         self.get_logger().info(f'{self.contract.robot}: {self.contract.control_rate:g} Hz loop, scheduler {self.scheduler}')
+
+    @staticmethod
+    def _schedule_threads(policy: int, priority: int) -> None:
+        for thread in os.listdir('/proc/self/task'):
+            with suppress(ProcessLookupError):  # it may have ended meanwhile
+                os.sched_setscheduler(int(thread), policy, os.sched_param(priority))
 
 
 def blending(value: dict) -> Blending:
