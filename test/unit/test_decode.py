@@ -175,7 +175,8 @@ def test_nobody_is_asked_for_what_is_read_here(encoding):
     """Live images must be those of the converter, bit for bit."""
     layout = COLOUR[encoding]
     rng = np.random.default_rng(0)
-    message = raw(encoding, rng.integers(0, 200, (12 if layout.planar else 8, 12, layout.channels)).astype(layout.dtype), height=8)
+    rows = 12 if layout.planar else 8
+    message = raw(encoding, rng.integers(0, 200, (rows, 12, layout.channels)).astype(layout.dtype), height=8)
 
     def convert(*_):
         pytest.fail('asked')
