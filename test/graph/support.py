@@ -17,8 +17,9 @@ CONTRACT = ROOT / 'config/robots/so101.yaml'
 
 
 def patient_contract(folder: Path, max_age: float = 0.5, outputs: list[dict] | None = None, arms: int = 1) -> Path:
-    """The SO-101's contract, but joint states may be half a second old: a shared machine pauses processes for longer than an
-    arm may be moved blindly.
+    """The SO-101's contract, but joint states may be half a second old.
+
+    A shared machine pauses processes for longer than an arm may be moved blindly.
 
     max_age of joint states [s]; outputs instead of the contract's own; arms > 1: as many sets of joints, named left_… and right_…
     """

@@ -129,8 +129,10 @@ def test_a_silent_stream_stops_planning_and_is_named(robot, nodes, tmp_path):
 
 
 def test_a_policy_that_sees_plans_from_the_newest_frame(robot, nodes, tmp_path):
-    """Chunks are what the policy predicts from the frame as it was sent, each from new noise as long as none is followed; their
-    stamps are the frames', and no frame is from before the epoch."""
+    """Chunks are what the policy predicts from the frame as it was sent, each from new noise as long as none is followed.
+
+    Their stamps are the frames', and no frame is from before the epoch.
+    """
     path = save_policy(tmp_path / 'policy', features={'joint_positions': (6,), 'front': (96, 96, 3)})
     nodes.start('policy_node', contract=CONTRACT, checkpoint=path, stride=2, nice=0, seed=5)
     wait_for(lambda: 'plans every' in nodes.log('policy_node'), 40, 'activation')

@@ -115,8 +115,10 @@ def minute(tmp_path_factory) -> tuple[Path, float]:
 
 
 def least(bag: Path, images: str, cameras: tuple[str, ...]) -> float:
-    """CPU time [s] without which it cannot be done: every byte read and checked in two passes (one without cameras), images
-    decoded, resized and encoded, on one core. Measured now: it is longer where others use the machine's caches.
+    """CPU time [s] without which it cannot be done.
+
+    Every byte read and checked in two passes (one without cameras), images decoded, resized and encoded, on one core. Measured
+    now: it is longer where others use the machine's caches.
     """
     reader = Bag(bag)
     began = time.process_time()

@@ -40,7 +40,9 @@ def definition(kind: str) -> str:
 def write_mcap(file: Path, messages: Sequence[Entry], compression: str = 'NONE', crc: bool = True, index: bool = True,
                summary: bool = True, chunks: bool = True, schema: str = 'ros2msg', encoding: str = 'cdr',
                chunk_size: int = 4096, notes: dict[str, dict[str, str]] | None = None) -> Path:
-    """crc: of chunks; rosbag2 leaves it out unless asked. index: of the messages of chunks. summary: at the end of the file.
+    """Everything but the messages.
+
+    crc: of chunks; rosbag2 leaves it out unless asked. index: of the messages of chunks. summary: at the end of the file.
     schema: what the definitions are said to be in; they are empty but for ros2msg. notes: metadata records at the beginning.
     """
     file.parent.mkdir(parents=True, exist_ok=True)

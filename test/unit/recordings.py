@@ -84,8 +84,10 @@ def positions(t) -> np.ndarray:
 
 
 def recording(seconds: float = 3.0, camera: list[int] | None = None, rate: float = 10.0) -> list[tuple[str, int, object]]:
-    """(topic, stamp [ns], message) of every message: joints at 100 Hz, commands at 50 Hz (10 ms later), goal at 10 Hz
-    and a camera of this rate, or with frames at the stamps `camera`. Frame i is flat grey of value 5·i; commands carry
+    """(topic, stamp [ns], message) of every message.
+
+    Joints at 100 Hz, commands at 50 Hz (10 ms later), goal at 10 Hz and a camera of this rate, or with frames at the stamps
+    `camera`. Frame i is flat grey of value 5·i; commands carry
     their time.
     """
     messages = []

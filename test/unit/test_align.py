@@ -217,8 +217,9 @@ def test_label_names():
 
 
 def recorded(robot, streams: dict, delay=MS) -> Recording:
-    """A recording of streams: name → stamps [ns since START] in order of arrival. Every sample is its place, in all columns;
-    each arrives `delay` after the newest stamp before it.
+    """A recording of streams: name → stamps [ns since START] in order of arrival.
+
+    Every sample is its place, in all columns; each arrives `delay` after the newest stamp before it.
     """
     records = {}
     for name, stamps in streams.items():

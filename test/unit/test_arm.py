@@ -48,8 +48,10 @@ def written(folder: Path, *parts: str) -> Path:
 
 
 def tour(contract: Contract, start: np.ndarray, seed: int, targets: int = 3) -> np.ndarray:
-    """Commands at 50 Hz that take all joints at once to random places, each by a trapezoid at its speed and acceleration,
-    and rest there. Shape (T, D)."""
+    """Commands at 50 Hz that take all joints at once to random places, and rest there. Shape (T, D).
+
+    Each goes by a trapezoid at its speed and acceleration.
+    """
     rng, at, rows = np.random.default_rng(seed), np.array(start, dtype=float), []
     for _ in range(targets):
         goal = np.array([rng.uniform(*joint.position) for joint in contract.action_joints])

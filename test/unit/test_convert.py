@@ -580,8 +580,10 @@ def test_summary(tmp_path):
 
 
 def test_in_parallel(tmp_path):
-    """As a user runs it: the order is that of the bags though the first is the longest, and one is refused; a worker that
-    is killed costs its bag, no more."""
+    """As a user runs it: the order is that of the bags though the first is the longest, and one is refused.
+
+    A worker that is killed costs its bag, no more.
+    """
     (tmp_path / 'robot.yaml').write_text(json.dumps(contract().to_dict()))
     for name, length in (('a', 20.0), ('b', 0.8), ('c', 0.9), ('d', 1.0)):
         write_bag(tmp_path / 'bags' / name, recording(length), custom=GOOD,

@@ -92,8 +92,10 @@ def test_equals_brute_force_on_shuffled_doubled_dropped_delayed_chunks(show):
 
 
 def commands_between_modes(max_disagreement: float, seed: int) -> tuple[float, float]:
-    """Shares of commands in the middle 60 % of the gap between two modes, of which every chunk draws one: of all commands, and
-    of those outside a crossfade. Replanned every 0.8 step of 0.1 s, m = 0.5."""
+    """Shares of commands in the middle 60 % of the gap between two modes, of which every chunk draws one.
+
+    Of all commands, and of those outside a crossfade. Replanned every 0.8 step of 0.1 s, m = 0.5.
+    """
     rng = np.random.default_rng(seed)
     ensembler = filled(m=0.5, max_disagreement=max_disagreement)
     middle, calm = [], []

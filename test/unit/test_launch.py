@@ -246,8 +246,10 @@ def test_what_a_launch_file_names_exists(name):
 
 
 def words(text: str) -> Iterator[tuple[int, str]]:
-    """Position and text of every name in a source that a typing error could change: strings that are one word, and keywords
-    that declare an argument or give a parameter."""
+    """Position and text of every name in a source that a typing error could change.
+
+    Strings that are one word, and keywords that declare an argument or give a parameter.
+    """
     tree, lines = parsed(text), [0, *(match.end() for match in re.finditer('\n', text))]
     for part in ast.walk(tree):
         if isinstance(part, ast.Constant) and re.fullmatch(r'[a-z][\w/.-]*[a-z_\d]', str(part.value)):

@@ -378,8 +378,11 @@ def png(image: np.ndarray) -> bytes:
 
 
 def write_foreign(path: Path, lengths=(5, 8), fps: int = 10, late: float = 0.0) -> None:
-    """A dataset as LeRobot 0.4 writes it: float64 columns, nested names, an unnamed pandas index, one continuous video with
-    B-frames, row groups that ignore episodes, columns of reinforcement learning. late: error of every from_timestamp [s]."""
+    """A dataset as LeRobot 0.4 writes it.
+
+    Float64 columns, nested names, an unnamed pandas index, one continuous video with B-frames, row groups that ignore episodes,
+    columns of reinforcement learning. late: error of every from_timestamp [s].
+    """
     N = sum(lengths)
     video = path / 'videos/observation.images.top/chunk-000/file-000.mp4'
     video.parent.mkdir(parents=True)

@@ -16,8 +16,9 @@ LENGTHS = (3, 1, 7)
 
 @pytest.fixture(scope='module')
 def dataset(tmp_path_factory) -> Dataset:
-    """Entries tell episode and row: x = 100·episode + row, action = -x, image grey 10·row + 80·episode, depth 1000·episode
-    + row.
+    """Entries tell episode and row.
+
+    x = 100·episode + row, action = -x, image grey 10·row + 80·episode, depth 1000·episode + row.
     """
     path = tmp_path_factory.mktemp('windows')
     create(

@@ -1,5 +1,6 @@
-"""Kinematics of the robot a contract names: the pose of its end effector, joint motion that moves it as asked, and where all of
-the arm is.
+"""Kinematics of the robot a contract names.
+
+The pose of its end effector, joint motion that moves it as asked, and where all of the arm is.
 """
 from __future__ import annotations
 

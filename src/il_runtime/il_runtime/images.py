@@ -1,5 +1,7 @@
-"""Raw images through cv_bridge, where it is installed: encodings that `il_policies.data.decode` does not convert, live, and
-encodings to publish. It is no package of Python's: it comes with a ROS 2 installation, and nothing else here needs it.
+"""Raw images through cv_bridge, where it is installed.
+
+Encodings that `il_policies.data.decode` does not convert, live, and encodings to publish. It is no package of Python's: it comes
+with a ROS 2 installation, and nothing else here needs it.
 """
 from __future__ import annotations
 

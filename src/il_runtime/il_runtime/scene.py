@@ -204,8 +204,11 @@ class Scene:
         return [Shape(namespace, 0, 'sticks', sticks, colour, width), Shape(namespace, 1, 'balls', links, colour, 2 * width)]
 
     def _held_back(self) -> dict[str, float]:
-        """Joint that a limit holds back → how far its command is from what the chunks ask for: in tracking tolerances, 1 where
-        it is further or that is not known. A ramp of velocity is held back a little at nearly every step of a chunk."""
+        """Joint that a limit holds back → how far its command is from what the chunks ask for.
+
+        In tracking tolerances, 1 where it is further or that is not known. A ramp of velocity is held back a little at nearly
+        every step of a chunk.
+        """
         names = self._status.clamped_joints if self._status is not None else []
         blend = self._blend(max(self._trail[-1][0], self._looked)) if names and self._trail else None
         if blend is None:

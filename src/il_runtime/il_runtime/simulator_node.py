@@ -1,7 +1,8 @@
-"""The robot of any contract, simulated: joint states and cameras out, commands in, on every topic and of every type that a
-contract's outputs may have; for the SO-101 the task reach_around with its goal and its status.
+"""The robot of any contract, simulated: joint states and cameras out, commands in.
 
-Physics runs in a thread of its own on absolute deadlines; services and commands come in through the executor's thread.
+Commands come on every topic and of every type that a contract's outputs may have; for the SO-101 there is the task reach_around
+with its goal and its status. Physics runs in a thread of its own on absolute deadlines; services and commands come in through the
+executor's thread.
 """
 from __future__ import annotations
 

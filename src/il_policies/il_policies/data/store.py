@@ -172,8 +172,10 @@ def episode_folders(path: str | Path) -> list[Path]:
 def write_episode(path: str | Path, index: int, lowdim: dict[str, np.ndarray], action: np.ndarray,
                   stamps: np.ndarray, filled: np.ndarray, images: dict[str, Iterable[bytes]], meta: dict,
                   report: dict) -> None:
-    """Write one episode of T rows into a dataset, replacing one of the same index: `write_episode_folder`, then
-    `place_episode`."""
+    """Write one episode of T rows into a dataset, replacing one of the same index.
+
+    This is `write_episode_folder`, then `place_episode`.
+    """
     path = Path(path)
     temporary = path / 'episodes' / f'.{index:06d}.new'
     write_episode_folder(temporary, _read_info(path), lowdim, action, stamps, filled, images, meta, report,
@@ -283,8 +285,10 @@ def _write_images(folder: Path, info: DatasetInfo, images: dict[str, Iterable[by
 
 
 def place_episode(path: str | Path, folder: str | Path, index: int) -> None:
-    """Rename a folder of `write_episode_folder`, on the same file system, into the dataset as episode `index`,
-    replacing one that is there."""
+    """Rename a folder of `write_episode_folder` into the dataset as episode `index`, replacing one that is there.
+
+    Both are on the same file system.
+    """
     final = Path(path) / 'episodes' / f'{index:06d}'
     replaced = final.with_name(f'.{final.name}.old')
     shutil.rmtree(replaced, ignore_errors=True)
@@ -410,8 +414,10 @@ class Dataset:
 
 
 def _recover(episodes: Path) -> None:
-    """Finish what `place_episode` and `remove_episode` were killed in: an episode that was to be replaced and is not comes
-    back, and what is half removed goes."""
+    """Finish what `place_episode` and `remove_episode` were killed in.
+
+    An episode that was to be replaced and is not comes back, and what is half removed goes.
+    """
     for left in episodes.glob('.*.old'):
         final = left.with_name(left.name[1:-len('.old')])
         if final.exists():

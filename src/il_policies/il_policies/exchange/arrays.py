@@ -128,9 +128,9 @@ def import_npz(source: str | Path, out: str | Path, mapping: ImportMapping | Non
 
 def import_zarr(source: str | Path, out: str | Path, mapping: ImportMapping | None,
                 progress: Callable[[float], None] | None = None) -> Dataset:
-    """Make a dataset at `out` from a replay buffer, a .zarr folder or .zarr.zip file with groups data and meta; all of it
-    or, on an error, nothing.
+    """Make a dataset at `out` from a replay buffer; all of it or, on an error, nothing.
 
+    The buffer is a .zarr folder or .zarr.zip file with groups data and meta.
     Arrays are named without their group: action, episode_ends. Images are read chunk by chunk.
     progress is called with the share that is done. Raises DataError if the file or the mapping is unusable, without a
     mapping, or if `out` exists.
@@ -225,8 +225,10 @@ def _array(arrays: dict, name: str, where: str):
 
 
 def _require_whole(array, folder: Path, where: str) -> None:
-    """Raises DataError for what zarr reads without a word: absent chunks as zeros, truncated ones of Blosc as whatever is
-    behind them in memory."""
+    """Raises DataError for what zarr reads without a word.
+
+    Absent chunks it reads as zeros, truncated ones of Blosc as whatever is behind them in memory.
+    """
     absent = array.nchunks - array.nchunks_initialized
     if absent:
         raise DataError(f'{where} lacks {absent} of {array.nchunks} chunks; copy it again whole, or, if they hold nothing but '

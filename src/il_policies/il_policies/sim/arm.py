@@ -98,8 +98,10 @@ def simplified_stl(path: Path, cell: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def add_servo(spec: mujoco.MjSpec, joint: mujoco.MjsJoint, kp: float, kd: float = 0.0, force: float = 0.0) -> None:
-    """A position servo of a joint's name and range: gain kp [N·m/rad or N/m], damping kd [per rad/s or m/s], largest force
-    (0: any)."""
+    """A position servo of a joint's name and range.
+
+    Gain kp [N·m/rad or N/m], damping kd [per rad/s or m/s], largest force (0: any).
+    """
     spec.add_actuator(
         name=joint.name, target=joint.name, trntype=mujoco.mjtTrn.mjTRN_JOINT,
         gaintype=mujoco.mjtGain.mjGAIN_FIXED, gainprm=[kp] + [0.0] * 9,
@@ -232,8 +234,10 @@ class Simulation:
         return {'joint_positions': self.joint_positions}
 
     def render(self, size: tuple[int, int], camera: str = '') -> np.ndarray:
-        """A camera's image now, the first one's by default. `size` is (height, width) [px]; returns (height, width, 3) uint8,
-        RGB."""
+        """A camera's image now, the first one's by default.
+
+        `size` is (height, width) [px]; returns (height, width, 3) uint8, RGB.
+        """
         return self._render(self.data, size, camera)
 
     def photograph(self, size: tuple[int, int], camera: str = '') -> bytes:
@@ -347,8 +351,11 @@ class Arm(Simulation):
 
 
 def largest_inertias(model: mujoco.MjModel, data: mujoco.MjData, limits: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Of each joint, what it moves [kg·m² or kg], mimic joints included: the largest of `data`'s pose, which stays as it is, and
-    of POSES random ones within `limits`; joints without any stay where they are."""
+    """Of each joint, what it moves [kg·m² or kg], mimic joints included.
+
+    The largest of `data`'s pose, which stays as it is, and of POSES random ones within `limits`; joints without any stay where
+    they are.
+    """
     names, rng, posed = [model.joint(i).name for i in range(model.njnt)], np.random.default_rng(0), mujoco.MjData(model)
     posed.qpos[:] = data.qpos
     low, high = np.clip([limits.get(name, (at, at)) for name, at in zip(names, data.qpos)], -np.pi, np.pi).T

@@ -104,10 +104,9 @@ def sample_scene(rng: np.random.Generator, goals: Literal['narrow', 'wide'] = 'n
 
 @functools.lru_cache(maxsize=2)
 def build_model(cameras: tuple[str, ...] = ()) -> mujoco.MjModel:
-    """The arm on its table with pillar, goal marker and CAMERA, and other cameras if wanted; shared by all simulations of a
-    process.
+    """The arm on its table with pillar, goal marker and CAMERA, and other cameras if wanted.
 
-    The arm collides with table and pillar, not with itself.
+    Shared by all simulations of a process. The arm collides with table and pillar, not with itself.
     """
     spec = load_robot(DESCRIPTION)
     for name in JOINTS:

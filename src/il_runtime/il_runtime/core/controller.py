@@ -97,8 +97,10 @@ class Controller:
 
     # --- inputs -------------------------------------------------------------------------------------------------------
     def joint_state(self, taken: float, positions: np.ndarray, now: float) -> None:
-        """Take positions measured at ``taken`` [s], in action order, shape (D,), finite. A stamp ahead of ``now`` counts as now:
-        it must not keep a dead sensor alive."""
+        """Take positions measured at ``taken`` [s], in action order, shape (D,), finite.
+
+        A stamp ahead of ``now`` counts as now: it must not keep a dead sensor alive.
+        """
         self._measured = (min(taken, now), np.asarray(positions, dtype=np.float64))
         self._non_finite['joint_states'] = 0
 

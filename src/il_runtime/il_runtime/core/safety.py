@@ -102,10 +102,11 @@ class Gate:
         return self.position
 
     def stop_ramp(self, now: float) -> Ramp:
-        """A stop from where the command stands at ``now`` [s]: all joints come to rest together, which keeps the direction
-        of the motion, unless one would leave its limits; then each brakes as hard as it may.
+        """A stop from where the command stands at ``now`` [s].
 
-        As every ramp it is a target for `step`, which has the last word. Raises RuntimeError if Ruckig finds none.
+        All joints come to rest together, which keeps the direction of the motion, unless one would leave its limits; then each
+        brakes as hard as it may. As every ramp it is a target for `step`, which has the last word. Raises RuntimeError if Ruckig
+        finds none.
         """
         self._motion.control_interface = ControlInterface.Velocity
         self._motion.synchronization = Synchronization.Phase
@@ -117,8 +118,9 @@ class Gate:
         return ramp
 
     def approach_ramp(self, now: float, goal: np.ndarray, speed: float) -> Ramp:
-        """A straight way in joint space to ``goal``, shape (D,), clipped to the limits, at a share ``speed`` of the velocity
-        and acceleration limits, from ``now`` [s]. Raises RuntimeError if Ruckig finds none.
+        """A straight way in joint space to ``goal``, shape (D,), clipped to the limits.
+
+        At a share ``speed`` of the velocity and acceleration limits, from ``now`` [s]. Raises RuntimeError if Ruckig finds none.
         """
         self._motion.control_interface, self._motion.synchronization = ControlInterface.Position, Synchronization.Phase
         self._motion.target_position = np.clip(goal, self.lower, self.upper)
@@ -157,8 +159,9 @@ class Gate:
                 np.vstack([velocity, velocity, velocities]))
 
     def pause(self, ticks: int, runs_out: np.ndarray) -> None:
-        """The robot has heard nothing for so many ticks (two or more): joints in `runs_out`, shape (D,), have gone on as
-        `run_out` said, the others stand where they were told to be.
+        """The robot has heard nothing for so many ticks (two or more).
+
+        Joints in `runs_out`, shape (D,), have gone on as `run_out` said, the others stand where they were told to be.
         """
         velocity = self._velocity_at_set_point()
         since = (ticks - 1) * self.period  # of the two ticks before the ramp begins one passes as a set-point is reached

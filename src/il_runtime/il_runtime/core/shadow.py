@@ -82,8 +82,10 @@ class Comparison:
     """
 
     def __init__(self, joints: tuple[str, ...], tolerance: np.ndarray, period: float, max_state_age: float):
-        """tolerance [rad or m], shape (D,): the unit in which joints are compared; period of targets [s]; joint positions
-        further apart than `max_state_age` [s] say nothing about the time between them."""
+        """Joints are compared in units of tolerance [rad or m], shape (D,); period of targets [s].
+
+        Joint positions further apart than `max_state_age` [s] say nothing about the time between them.
+        """
         self.joints, self.tolerance = joints, tolerance
         self.chunks = 0
         self.errors: dict[str, Error] = {COMMANDED: Error(len(joints)), MEASURED: Error(len(joints)),

@@ -346,8 +346,11 @@ class Keys:
 
     def __init__(self, contract: Contract, speeds: Speeds, gripper: int | None, choice: Choice, cartesian: bool,
                  repeat_delay: float):
-        """gripper: its place in the action, if it has one; cartesian: whether there are keys that move the end effector;
-        repeat_delay: a key that was just pressed counts as held for so long [s], until it begins to repeat."""
+        """No key is held at first.
+
+        gripper: its place in the action, if it has one; cartesian: whether there are keys that move the end effector;
+        repeat_delay: a key that was just pressed counts as held for so long [s], until it begins to repeat.
+        """
         self.gripper, self.choice, self.repeat_delay = gripper, choice, repeat_delay
         self.twist_speeds, self.joint_speeds = speeds.twist, speeds.joints(contract)
         self.moves = {*self.JOINT, *(self.TWIST if cartesian else ()), *(self.GRIPPER if gripper is not None else ())}
