@@ -15,7 +15,8 @@ test: setup
 
 soak: setup
 	@rm -rf log/faults; . ./env.sh; failed=0; \
-	python -m pytest test/unit test/graph -m shown || failed=1; \
+	python -m pytest test/unit -m shown || failed=1; \
+	python -m pytest test/graph -m shown || failed=1; \
 	python -m pytest test/soak || failed=1; \
 	python test/safety_table.py && exit $$failed
 
