@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from il_policies.policies.guidance import Guidance
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.vision import ImageEncoder
 
@@ -114,8 +115,11 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def predict(self, observation: dict[str, Tensor], noise: Tensor | None = None,
-                warm: tuple[Tensor, float] | None = None) -> Tensor:
-        """Chunk (B, H, D) in raw units. Deterministic policies ignore `noise` and `warm`."""
+                warm: tuple[Tensor, float] | None = None, guidance: Guidance | None = None) -> Tensor:
+        """Chunk (B, H, D) in raw units.
+
+        Deterministic policies ignore `noise` and `warm`, and raise PolicyError for `guidance`.
+        """
         raise NotImplementedError
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from il_policies.policies import Policy, PolicyError, PolicySpec, masked_mse
+from il_policies.policies.guidance import Guidance
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.unet import UNet, UNetConfig
 from il_policies.policies.vision import VisionConfig
@@ -52,5 +53,7 @@ class BC(Policy):
 
     @torch.no_grad()
     def predict(self, observation: dict[str, Tensor], noise: Tensor | None = None,
-                warm: tuple[Tensor, float] | None = None) -> Tensor:
+                warm: tuple[Tensor, float] | None = None, guidance: Guidance | None = None) -> Tensor:
+        if guidance is not None:
+            raise PolicyError('bc: it does not sample and takes no guidance; valid: flow, diffusion')
         return self.normalizer.unnormalize('action', self._chunk(observation))

@@ -7,13 +7,14 @@ network learns the velocity x₁ - x₀; Euler steps from t = 0 to 1 give a samp
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from il_policies.policies import Policy, PolicyError, PolicySpec, masked_mse
+from il_policies.policies.guidance import Guidance, correction, guidance_weight
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.unet import UNet, UNetConfig
 from il_policies.policies.vision import VisionConfig
@@ -69,12 +70,12 @@ class Flow(Policy):
 
     @torch.no_grad()
     def predict(self, observation: dict[str, Tensor], noise: Tensor | None = None,
-                warm: tuple[Tensor, float] | None = None) -> Tensor:
+                warm: tuple[Tensor, float] | None = None, guidance: Guidance | None = None) -> Tensor:
         """Chunk (B, H, D) in raw units.
 
         noise: x₀ (B, H, D), standard normal; drawn if None. warm: a chunk (B, H, D) in raw units and the flow time tau
         at which to enter: x_tau = (1 - tau)·noise + tau·chunk, so that the new chunk stays in the old one's mode.
-        Raises PolicyError for wrong shapes.
+        guidance: what the chunk shall continue. Raises PolicyError for wrong shapes.
         """
         condition = self.condition(observation)
         shape = (len(condition), self.spec.horizon, len(self.spec.action_names))
@@ -88,13 +89,32 @@ class Flow(Policy):
             x = torch.lerp(x, self.normalizer.normalize('action', chunk), tau)
         if x.shape != shape:
             raise PolicyError(f'flow: noise has shape {tuple(x.shape)}, must be {shape}')
-        return self.normalizer.unnormalize('action', self.integrate(x, tau, condition))
+        if guidance is not None:
+            if guidance.target.shape != shape:
+                raise PolicyError(f'flow: guidance target has shape {tuple(guidance.target.shape)}, must be {shape}')
+            if guidance.mode == 'prefix':
+                raise PolicyError("flow: guidance mode is 'prefix'; valid: vjp, identity")
+            guidance = replace(guidance, target=self.normalizer.normalize('action', guidance.target))
+        return self.normalizer.unnormalize('action', self.integrate(x, tau, condition, guidance))
 
-    def integrate(self, x: Tensor, tau: float, condition: Tensor) -> Tensor:
+    def integrate(self, x: Tensor, tau: float, condition: Tensor, guidance: Guidance | None = None) -> Tensor:
         """Euler steps of equal length from flow time tau to 1, all normalised. x: (B, H, D), condition: (B, K)."""
         n = math.ceil(self.config.euler_steps * (1.0 - tau) - 1e-9)
         step = (1.0 - tau) / n
         for i in range(n):
-            t = torch.full((len(x),), tau + i * step, device=x.device)
-            x = x + step * self.net(x, t, condition)
+            x = x + step * self.velocity(x, tau + i * step, condition, guidance)
         return x
+
+    def velocity(self, x: Tensor, tau: float, condition: Tensor, guidance: Guidance | None = None) -> Tensor:
+        """Velocity at flow time tau, with the correction of RTC (https://arxiv.org/abs/2506.07339, eq. 2), all normalised."""
+        t = torch.full((len(x),), tau, device=x.device)
+        if guidance is None:
+            return self.net(x, t, condition)
+
+        def predict(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            v = self.net(x, t, condition)
+            clean = x + (1.0 - tau) * v
+            return v, clean, clean
+
+        v, g = correction(predict, x, guidance.target, guidance.weights, guidance.mode)
+        return v + guidance_weight(tau, guidance.beta) * g
