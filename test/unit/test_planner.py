@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from il_policies.planner import Planner, resample
+from il_policies.policies import PolicyError
 from il_policies.policies.flow import Flow
+from il_policies.policies.guidance import Guidance
 from test_bc import make_bc
 from test_flow import make_flow
 from test_vision import make_policy, pictures
@@ -98,7 +100,8 @@ def test_regression_plans_too():
 
 
 @pytest.mark.parametrize(('wrong', 'message'), [({'noise': 'none'}, "noise is 'none'; valid: warm_start"),
-                                                ({'tau': 1.0}, 'tau')])
+                                                ({'tau': 1.0}, 'tau'), ({'rtc': 'on'}, "rtc is 'on'; valid: off, vjp"),
+                                                ({'beta': 0.0}, 'beta is 0.0')])
 def test_wrong_settings_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         Planner(make_flow(), **wrong)
@@ -108,3 +111,56 @@ def test_warming_up_changes_no_chunk():
     warm, cold = (Planner(make_flow(), 'per_chunk', seed=3) for _ in range(2))
     warm.warm_up()
     np.testing.assert_array_equal(warm.plan(OBSERVATION, 0.0), cold.plan(OBSERVATION, 0.0))
+
+
+def weights(horizon: int, delay: int, executed: int) -> list[float]:
+    """Eq. 5 of the paper, step by step."""
+    found = []
+    for i in range(horizon):
+        c = (horizon - executed - i) / (horizon - executed - delay + 1)
+        found.append(1.0 if i < delay else c * (np.exp(c) - 1) / (np.e - 1) if i < horizon - executed else 0.0)
+    return found
+
+
+@pytest.mark.parametrize('mode', ['vjp', 'identity'])
+@pytest.mark.parametrize(('start', 'delay', 'd', 's'), [
+    (10.3, 0.0, 0, 3), (10.3, 0.12, 2, 3), (10.25, 0.2, 2, 3), (10.3, 5.0, 3, 3), (10.6, 0.5, 2, 6), (10.7, 0.3, 1, 7)])
+def test_rtc_continues_the_previous_chunk_by_time(mode, start, delay, d, s):
+    """Against the policy itself, given the target by np.interp and the weights by hand; H = 8, 0.1 s a step.
+
+    A delay that does not fit is cut to what was executed, and to what the chunks share.
+    """
+    flow = make_flow()
+    planner = Planner(flow, 'per_chunk', seed=7, rtc=mode)
+    first, second = planner.plan(OBSERVATION, 10.0), planner.plan(OBSERVATION, start, delay)
+    generator = torch.Generator().manual_seed(7)
+    noises = [torch.randn((1, 8, 3), generator=generator) for _ in range(2)]
+    batch, times = {'state': torch.from_numpy(OBSERVATION['state'])[None]}, 0.1 * np.arange(8)
+    target = np.stack([np.interp(start - 10.0 + times, times, first[:, joint]) for joint in range(3)], axis=1)
+    guidance = Guidance(torch.tensor(target[None], dtype=torch.float32), torch.tensor(weights(8, d, s)), mode, 5.0, d)
+    np.testing.assert_allclose(first, flow.predict(batch, noise=noises[0])[0].numpy(), atol=1e-6)
+    np.testing.assert_allclose(second, flow.predict(batch, noise=noises[1], guidance=guidance)[0].numpy(), atol=1e-4)
+    assert np.abs(second - flow.predict(batch, noise=noises[1])[0].numpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize('start', [10.8, 30.0, 9.0])
+def test_nothing_is_continued_where_chunks_do_not_overlap(start):
+    """As if there had been no previous chunk: no target is made up."""
+    guided, free = (Planner(make_flow(), 'per_chunk', seed=7, rtc=rtc) for rtc in ('vjp', 'off'))
+    for planner in (guided, free):
+        planner.plan(OBSERVATION, 10.0)
+    np.testing.assert_array_equal(guided.plan(OBSERVATION, start, 0.1), free.plan(OBSERVATION, start))
+
+
+def test_rtc_after_a_new_epoch_continues_nothing():
+    guided, free = (Planner(make_flow(), 'per_chunk', seed=7, rtc=rtc) for rtc in ('vjp', 'off'))
+    for planner in (guided, free):
+        planner.plan(OBSERVATION, 10.0)
+        planner.reset(seed=2)
+    np.testing.assert_array_equal(guided.plan(OBSERVATION, 10.3, 0.1), free.plan(OBSERVATION, 10.3))
+
+
+@pytest.mark.parametrize(('policy', 'mode'), [(make_bc, 'vjp'), (make_flow, 'prefix')])
+def test_a_policy_that_takes_no_guidance_says_so_before_it_plans(policy, mode):
+    with pytest.raises(PolicyError, match='guidance'):
+        Planner(policy(), rtc=mode).warm_up()

@@ -1,6 +1,7 @@
-"""Planning: observation → chunk, with one rule for the sampler's noise from chunk to chunk."""
+"""Planning: observation → chunk, with one rule for the sampler's noise from chunk to chunk, and real-time chunking."""
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -8,8 +9,10 @@ import torch
 from torch import Tensor
 
 from il_policies.policies import Policy
+from il_policies.policies.guidance import MODES, Guidance, rtc_weights
 
 NOISE = ('warm_start', 'per_epoch', 'per_chunk')
+RTC = ('off', *MODES)
 
 
 class Planner:
@@ -20,21 +23,31 @@ class Planner:
     per_epoch   one draw for the epoch;
     warm_start  the previous chunk, resampled by time onto the new chunk's steps, is re-noised to flow time `tau` and
                 denoised from there: the mode is kept. The first chunk of an epoch is drawn from noise alone.
+
+    rtc: real-time chunking (https://arxiv.org/abs/2506.07339), whatever the noise: the new chunk is guided to continue the
+    previous one, resampled by time onto its steps; where the two do not overlap there is nothing to continue.
     """
 
     def __init__(self, policy: Policy, noise: Literal['warm_start', 'per_epoch', 'per_chunk'] = 'warm_start',
-                 tau: float = 0.5, seed: int = 0):
+                 tau: float = 0.5, seed: int = 0, rtc: Literal['off', 'vjp', 'identity', 'prefix'] = 'off', beta: float = 5.0):
         """tau: flow time in [0, 1) at which a warm start enters; higher keeps more of the previous chunk.
 
-        Raises ValueError for unknown modes or tau out of range.
+        rtc and beta: mode and largest weight of the guidance, see `Guidance`. A policy that cannot take it says so in
+        `warm_up`. Raises ValueError for unknown modes, tau or beta out of range.
         """
         if noise not in NOISE:
             raise ValueError(f'noise is {noise!r}; valid: {", ".join(NOISE)}')
+        if rtc not in RTC:
+            raise ValueError(f'rtc is {rtc!r}; valid: {", ".join(RTC)}')
+        if not (math.isfinite(beta) and beta > 0):
+            raise ValueError(f'beta is {beta}, must be > 0')
         if not 0.0 <= tau < 1.0:
             raise ValueError(f'tau is {tau}, must be in [0, 1)')
         self.policy = policy
         self.noise = noise
         self.tau = tau
+        self.rtc = rtc
+        self.beta = beta
         self._generator = torch.Generator()
         self.reset(seed)
 
@@ -49,11 +62,12 @@ class Planner:
         """Draw the next chunk from noise alone: the previous one was not followed."""
         self._previous: tuple[np.ndarray, float] | None = None
 
-    def plan(self, observation: dict[str, np.ndarray], start: float) -> np.ndarray:
+    def plan(self, observation: dict[str, np.ndarray], start: float, delay: float = 0.0) -> np.ndarray:
         """Chunk (H, D) float64 in raw units.
 
         observation: feature → (To, ...), oldest first. start: time of step 0 [s], on any clock, the same throughout an
-        epoch. Raises PolicyError for observations that do not fit.
+        epoch. delay: time after `start` at which the chunk is expected to be followed, which rtc needs to know [s].
+        Raises PolicyError for observations that do not fit, or for guidance that the policy cannot take.
         """
         spec = self.policy.spec
         batch = {name: torch.from_numpy(np.array(value, np.uint8 if name in spec.images else np.float32))[None]
@@ -69,14 +83,33 @@ class Planner:
         if self.noise == 'warm_start' and self._previous is not None:
             chunk = resample(*self._previous, start, spec.step_period)
             warm = (torch.from_numpy(chunk.astype(np.float32))[None], self.tau)
-        chunk = self.policy.predict(batch, noise=noise, warm=warm)[0].double().numpy()
+        guidance = self._guidance(start, delay)
+        chunk = self.policy.predict(batch, noise=noise, warm=warm, guidance=guidance)[0].double().numpy()
         self._previous = (chunk, start)
         return chunk
 
+    def _guidance(self, start: float, delay: float) -> Guidance | None:
+        """What a chunk that begins at `start` shall continue; None: nothing."""
+        if self.rtc == 'off' or self._previous is None:
+            return None
+        H, period = self.policy.spec.horizon, self.policy.spec.step_period
+        # In steps, rounded up, as by both a step is lost at once; but what is a whole number of steps stays it.
+        executed = max(math.ceil((start - self._previous[1]) / period - 1e-6), 1)
+        if executed >= H or start < self._previous[1] - 1e-9:
+            return None
+        late = min(max(math.ceil(delay / period - 1e-6), 0), executed, H - executed)
+        target = torch.from_numpy(resample(*self._previous, start, period).astype(np.float32))[None]
+        return Guidance(target, rtc_weights(H, late, executed), self.rtc, self.beta, late)
+
     def warm_up(self) -> None:
-        """Plan once from zeros and forget it, the noise drawn too: a network's first pass is its slowest."""
+        """Plan from zeros and forget it, the noise drawn too: a network's first pass is its slowest, guided and not.
+
+        Raises PolicyError for a policy that cannot take the guidance of rtc.
+        """
         spec, state = self.policy.spec, self._generator.get_state()
-        self.plan({name: np.zeros((spec.history, *shape)) for name, shape in spec.features.items()}, 0.0)
+        for i in range(1 if self.rtc == 'off' else 2):
+            start = i * spec.step_period
+            self.plan({name: np.zeros((spec.history, *shape)) for name, shape in spec.features.items()}, start, spec.step_period)
         self._generator.set_state(state)
         self.reset()
 

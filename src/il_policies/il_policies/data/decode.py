@@ -275,15 +275,23 @@ def _file_image(data: bytes, where: str) -> np.ndarray:
     """A JPEG or PNG file as (h, w, 3) uint8 RGB."""
     if data[:2] == SOI and jpeg_size(data) is None:
         raise DecodeError(f'{where}: {len(data)} bytes are no whole JPEG; truncated or damaged', 'E208')
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    image = _imdecode(data, cv2.IMREAD_COLOR)
     if image is None:
         raise DecodeError(f'{where}: {len(data)} bytes are no image; valid: jpeg, png', 'E208')
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def _imdecode(data: bytes, flags: int) -> np.ndarray | None:
+    """What a JPEG or PNG file holds; None if that is no image."""
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error:  # such as a header that claims more pixels than fit into memory
+        return None
+
+
 def _file_depth(data: bytes, where: str) -> np.ndarray:
     """A 16-bit PNG file as (h, w, 1) uint16."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    image = _imdecode(data, cv2.IMREAD_UNCHANGED)
     if image is None or image.dtype != np.uint16 or image.ndim != 2:
         raise DecodeError(f'{where}: {len(data)} bytes are no 16-bit grey PNG, which depth must be', 'E208')
     return image[:, :, None]
@@ -303,7 +311,7 @@ def _compressed_depth(data: bytes, format: str, stream: Stream) -> np.ndarray:
     depth = _file_depth(data[12:], where)
     if encoding != '32FC1':
         return depth
-    _, a, b = struct.unpack('<iff', data[:12])
+    _, a, b = struct.unpack('<iff', data[:12])  # whole, since a PNG follows
     with np.errstate(divide='ignore', invalid='ignore'):
         return _millimetres(np.where(depth == 0, np.nan, a / (depth.astype(np.float32) - b)))
 
