@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from il_policies.policies.guidance import Guidance
 from il_policies.policies.normalize import Normalizer
+from il_policies.policies.transformer import Transformer
+from il_policies.policies.unet import UNet
 from il_policies.policies.vision import ImageEncoder
 
 
@@ -110,6 +112,15 @@ class Policy(nn.Module):
         parts += [encoder(observation[name]) for name, encoder in zip(self.spec.images, self.encoders)]
         return torch.cat(parts, dim=-1)
 
+    def backbone(self, time: bool) -> nn.Module:
+        """The network that `config.backbone` names: x (B, H, D), t, condition (B, K) → (B, H, D). Raises PolicyError."""
+        kind, config = {'unet': (UNet, self.config.unet), 'transformer': (Transformer, self.config.transformer)}[
+            self.config.backbone]
+        try:
+            return kind(len(self.spec.action_names), self.condition_size, self.spec.horizon, config, time)
+        except ValueError as error:
+            raise PolicyError(f'{self.kind}: {error}') from None
+
     def loss(self, batch: dict) -> dict[str, Tensor]:
         """Losses of a batch in raw units, as `Windows.batch` gives it, in tensors; 'loss' is what is minimised."""
         raise NotImplementedError
@@ -120,6 +131,47 @@ class Policy(nn.Module):
 
         Deterministic policies ignore `noise` and `warm`, and raise PolicyError for `guidance`.
         """
+        raise NotImplementedError
+
+
+class SamplingPolicy(Policy):
+    """A policy that turns noise into chunks, step by step. A subclass has `sample` and `GUIDANCE`."""
+
+    GUIDANCE: tuple[str, ...]
+    """Modes of guidance it can take."""
+
+    @torch.no_grad()
+    def predict(self, observation: dict[str, Tensor], noise: Tensor | None = None,
+                warm: tuple[Tensor, float] | None = None, guidance: Guidance | None = None) -> Tensor:
+        """Chunk (B, H, D) in raw units.
+
+        noise: (B, H, D), standard normal; drawn if None. warm: a chunk (B, H, D) in raw units and the flow time tau in
+        [0, 1) at which to enter: sampling begins from a mixture of noise and chunk, so that the new chunk stays in the old
+        one's mode. guidance: what the chunk shall continue. Raises PolicyError for wrong shapes and other modes.
+        """
+        condition = self.condition(observation)
+        shape = (len(condition), self.spec.horizon, len(self.spec.action_names))
+        if noise is None:
+            noise = torch.randn(shape, device=condition.device)
+        if noise.shape != shape:
+            raise PolicyError(f'{self.kind}: noise has shape {tuple(noise.shape)}, must be {shape}')
+        if warm is not None:
+            chunk, tau = warm
+            if not 0.0 <= tau < 1.0 or chunk.shape != shape:
+                raise PolicyError(f'{self.kind}: warm start from a chunk of shape {tuple(chunk.shape)} at {tau}; '
+                                  f'must be {shape} and in [0, 1)')
+            warm = self.normalizer.normalize('action', chunk), tau
+        if guidance is not None:
+            if guidance.mode not in self.GUIDANCE:
+                raise PolicyError(f'{self.kind}: guidance mode is {guidance.mode!r}; valid: {", ".join(self.GUIDANCE)}')
+            if guidance.target.shape != shape:
+                raise PolicyError(f'{self.kind}: guidance target has shape {tuple(guidance.target.shape)}, must be {shape}')
+            guidance = replace(guidance, target=self.normalizer.normalize('action', guidance.target))
+        return self.normalizer.unnormalize('action', self.sample(noise, condition, warm, guidance))
+
+    def sample(self, noise: Tensor, condition: Tensor, warm: tuple[Tensor, float] | None = None,
+               guidance: Guidance | None = None) -> Tensor:
+        """Chunk (B, H, D), as is all that goes in: normalised."""
         raise NotImplementedError
 
 

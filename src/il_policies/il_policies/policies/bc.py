@@ -1,12 +1,13 @@
 """Behaviour cloning: one chunk per observation, by regression.
 
-The U-Net is Flow's without the flow time: it is fed a learned constant instead of noise, so that the two differ in
+The network is Flow's without the flow time: it is fed a learned constant instead of noise, so that the two differ in
 nothing but the objective. The mean squared error asks for the mean of all demonstrated chunks, which may be none of
 them.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from il_policies.policies import Policy, PolicyError, PolicySpec, masked_mse
 from il_policies.policies.guidance import Guidance
 from il_policies.policies.normalize import Normalizer
-from il_policies.policies.unet import UNet, UNetConfig
+from il_policies.policies.transformer import TransformerConfig
+from il_policies.policies.unet import UNetConfig
 from il_policies.policies.vision import VisionConfig
 
 
@@ -23,9 +25,13 @@ class BCConfig:
     """Behaviour cloning."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
-    """The network."""
+    """The network, if backbone is unet."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     """The network that looks at each camera."""
+    backbone: Literal['unet', 'transformer'] = 'unet'
+    """Kind of network."""
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    """The network, if backbone is transformer."""
 
 
 class BC(Policy):
@@ -36,10 +42,7 @@ class BC(Policy):
     def __init__(self, spec: PolicySpec, config: BCConfig, normalizer: Normalizer):
         super().__init__(spec, config, normalizer)
         H, D = spec.horizon, len(spec.action_names)
-        try:
-            self.net = UNet(D, self.condition_size, H, config.unet, time=False)
-        except ValueError as error:
-            raise PolicyError(f'bc: {error}') from None
+        self.net = self.backbone(time=False)
         self.query = nn.Parameter(torch.randn(1, H, D))
 
     def _chunk(self, observation: dict[str, Tensor]) -> Tensor:

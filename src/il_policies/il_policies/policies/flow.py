@@ -3,20 +3,24 @@
 Lipman et al., 2023, https://arxiv.org/abs/2210.02747, and as a policy π₀ (Black et al., 2024,
 https://arxiv.org/abs/2410.24164). With x_t = (1 - t)·x₀ + t·x₁, x₀ normal noise and x₁ a demonstrated chunk, the
 network learns the velocity x₁ - x₀; Euler steps from t = 0 to 1 give a sample.
+
+With `rtc_max_delay` it also learns to continue committed steps (training-time RTC, https://arxiv.org/abs/2512.05964): the
+first d steps of a training chunk are at time 1, which is clean, and are no targets.
 """
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from il_policies.policies import Policy, PolicyError, PolicySpec, masked_mse
+from il_policies.policies import PolicyError, PolicySpec, SamplingPolicy, masked_mse
 from il_policies.policies.guidance import Guidance, correction, guidance_weight
 from il_policies.policies.normalize import Normalizer
-from il_policies.policies.unet import UNet, UNetConfig
+from il_policies.policies.transformer import TransformerConfig
+from il_policies.policies.unet import UNetConfig
 from il_policies.policies.vision import VisionConfig
 
 
@@ -25,82 +29,82 @@ class FlowConfig:
     """Flow matching."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
-    """The network."""
+    """The network, if backbone is unet."""
     euler_steps: int = 10
     """Steps from noise to actions; warm starts take proportionally fewer."""
     time_sampling: Literal['uniform', 'beta'] = 'uniform'
     """Flow times trained on: uniform, or 1 - Beta(1.5, 1) with more weight near noise, as π₀."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     """The network that looks at each camera."""
+    backbone: Literal['unet', 'transformer'] = 'unet'
+    """Kind of network."""
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    """The network, if backbone is transformer."""
+    rtc_max_delay: int = 0
+    """Training-time RTC: up to this many steps, drawn anew for each sample, are handed over as committed; needs the
+    transformer. 0: off."""
 
     def __post_init__(self):
         if self.euler_steps < 1:
             raise ValueError(f'euler_steps is {self.euler_steps}, must be at least 1')
+        if self.rtc_max_delay < 0:
+            raise ValueError(f'rtc_max_delay is {self.rtc_max_delay}, must be at least 0')
+        if self.rtc_max_delay and self.backbone != 'transformer':
+            raise ValueError(f'rtc_max_delay is {self.rtc_max_delay} and backbone {self.backbone!r}; a time for each step needs '
+                             "backbone 'transformer'")
 
 
-class Flow(Policy):
+class Flow(SamplingPolicy):
     """Samples chunks; one noise, one chunk."""
 
     kind = 'flow'
 
     def __init__(self, spec: PolicySpec, config: FlowConfig, normalizer: Normalizer):
+        """Raises PolicyError for what cannot be built."""
         super().__init__(spec, config, normalizer)
-        try:
-            self.net = UNet(len(spec.action_names), self.condition_size, spec.horizon, config.unet, time=True)
-        except ValueError as error:
-            raise PolicyError(f'flow: {error}') from None
+        if config.rtc_max_delay >= spec.horizon:
+            raise PolicyError(f'flow: rtc_max_delay is {config.rtc_max_delay}, must be less than the horizon, {spec.horizon}')
+        self.net = self.backbone(time=True)
+
+    @property
+    def GUIDANCE(self) -> tuple[str, ...]:
+        return ('vjp', 'identity', 'prefix') if self.config.rtc_max_delay else ('vjp', 'identity')
 
     def sample_time(self, n: int) -> Tensor:
         """Flow times to train on, (n,) in [0, 1]."""
-        u = torch.rand(n, device=self._device)
+        u = torch.rand(n, device=next(self.parameters()).device)
         # Beta(1.5, 1) has the distribution function x^1.5, so u^(1/1.5) is a draw of it.
         return u if self.config.time_sampling == 'uniform' else 1.0 - u ** (1 / 1.5)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.parameters()).device
 
     def loss(self, batch: dict) -> dict[str, Tensor]:
         condition = self.condition(batch['observation'])
         x1 = self.normalizer.normalize('action', batch['action'])
+        B, H, _ = x1.shape
         x0 = torch.randn_like(x1)
-        t = self.sample_time(len(x1))
-        xt = torch.lerp(x0, x1, t[:, None, None])
-        return {'loss': masked_mse(self.net(xt, t, condition), x1 - x0, batch['valid'])}
+        t, valid = self.sample_time(B), batch['valid']
+        if self.config.rtc_max_delay:
+            # Every sample keeps a step to learn from, however few it has before its episode ends.
+            delay = torch.randint(0, self.config.rtc_max_delay + 1, (B,), device=t.device)
+            delay = torch.minimum(delay, valid.sum(dim=1) - 1)
+            t, committed = with_prefix(t, delay, H)
+            valid = valid & ~committed
+        xt = torch.lerp(x0, x1, t.view(B, -1, 1))
+        return {'loss': masked_mse(self.net(xt, t, condition), x1 - x0, valid)}
 
-    @torch.no_grad()
-    def predict(self, observation: dict[str, Tensor], noise: Tensor | None = None,
-                warm: tuple[Tensor, float] | None = None, guidance: Guidance | None = None) -> Tensor:
-        """Chunk (B, H, D) in raw units.
-
-        noise: x₀ (B, H, D), standard normal; drawn if None. warm: a chunk (B, H, D) in raw units and the flow time tau
-        at which to enter: x_tau = (1 - tau)·noise + tau·chunk, so that the new chunk stays in the old one's mode.
-        guidance: what the chunk shall continue. Raises PolicyError for wrong shapes.
-        """
-        condition = self.condition(observation)
-        shape = (len(condition), self.spec.horizon, len(self.spec.action_names))
-        x = torch.randn(shape, device=self._device) if noise is None else noise
-        tau = 0.0
-        if warm is not None:
-            chunk, tau = warm
-            if not 0.0 <= tau < 1.0 or chunk.shape != shape:
-                raise PolicyError(f'flow: warm start from a chunk of shape {tuple(chunk.shape)} at {tau}; '
-                                  f'must be {shape} and in [0, 1)')
-            x = torch.lerp(x, self.normalizer.normalize('action', chunk), tau)
-        if x.shape != shape:
-            raise PolicyError(f'flow: noise has shape {tuple(x.shape)}, must be {shape}')
-        if guidance is not None:
-            if guidance.target.shape != shape:
-                raise PolicyError(f'flow: guidance target has shape {tuple(guidance.target.shape)}, must be {shape}')
-            if guidance.mode == 'prefix':
-                raise PolicyError("flow: guidance mode is 'prefix'; valid: vjp, identity")
-            guidance = replace(guidance, target=self.normalizer.normalize('action', guidance.target))
-        return self.normalizer.unnormalize('action', self.integrate(x, tau, condition, guidance))
+    def sample(self, noise: Tensor, condition: Tensor, warm: tuple[Tensor, float] | None = None,
+               guidance: Guidance | None = None) -> Tensor:
+        """One noise, one chunk. A warm start enters at x_tau = (1 - tau)·noise + tau·chunk."""
+        if warm is None:
+            return self.integrate(noise, 0.0, condition, guidance)
+        chunk, tau = warm
+        return self.integrate(torch.lerp(noise, chunk, tau), tau, condition, guidance)
 
     def integrate(self, x: Tensor, tau: float, condition: Tensor, guidance: Guidance | None = None) -> Tensor:
         """Euler steps of equal length from flow time tau to 1, all normalised. x: (B, H, D), condition: (B, K)."""
         n = math.ceil(self.config.euler_steps * (1.0 - tau) - 1e-9)
         step = (1.0 - tau) / n
+        if guidance is not None and guidance.mode == 'prefix':
+            return self._integrate_after_prefix(x, tau, step, n, condition, guidance)
         for i in range(n):
             x = x + step * self.velocity(x, tau + i * step, condition, guidance)
         return x
@@ -118,3 +122,23 @@ class Flow(Policy):
 
         v, g = correction(predict, x, guidance.target, guidance.weights, guidance.mode)
         return v + guidance_weight(tau, guidance.beta) * g
+
+    def _integrate_after_prefix(self, x: Tensor, tau: float, step: float, n: int, condition: Tensor,
+                                guidance: Guidance) -> Tensor:
+        """As `integrate`, with the first steps clean throughout, as in training with `rtc_max_delay`."""
+        if guidance.delay > self.config.rtc_max_delay:
+            raise PolicyError(f'flow: delay is {guidance.delay} steps; it was trained with rtc_max_delay '
+                              f'{self.config.rtc_max_delay}')
+        B, H, _ = x.shape
+        delay = torch.full((B,), guidance.delay, device=x.device)
+        for i in range(n):
+            t, committed = with_prefix(torch.full((B,), tau + i * step, device=x.device), delay, H)
+            x = torch.where(committed[..., None], guidance.target, x)
+            x = x + step * self.net(x, t, condition)
+        return torch.where(committed[..., None], guidance.target, x)
+
+
+def with_prefix(t: Tensor, delay: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+    """Times of each step when the first `delay` (B,) are clean, t = 1, the others at t (B,); and which those are, (B, H)."""
+    committed = torch.arange(horizon, device=t.device) < delay[:, None]
+    return torch.where(committed, 1.0, t[:, None]), committed

@@ -28,7 +28,7 @@ class UNetConfig:
     groups: int = 8
     """Groups of the group normalisation; divides every number of channels."""
     time_size: int = 64
-    """Length of the embedding of the flow time; even."""
+    """Length of the embedding of the flow time or diffusion step; even."""
     activation: Literal['mish', 'silu'] = 'mish'
     """Mish as published; SiLU is alike and costs a quarter of it on a CPU."""
 
@@ -47,12 +47,13 @@ class UNetConfig:
         return 2 ** (len(self.down_dims) - 1)
 
 
-class TimeEmbedding(nn.Module):
-    """Flow time t in [0, 1] → (B, size).
+TIME_SCALE = 1000.0
+"""The sinusoid of time is made for integer diffusion steps: flow times in [0, 1] are scaled by this, or nearly all of its
+entries would be constant; diffusion steps are handed over divided by it."""
 
-    t is scaled to [0, 1000] before the sinusoid, whose frequencies are made for integer diffusion steps: unscaled,
-    nearly all of them would be constant.
-    """
+
+class TimeEmbedding(nn.Module):
+    """Times t (...), flow times in [0, 1] or diffusion steps / TIME_SCALE → (..., size)."""
 
     def __init__(self, size: int, activation: nn.Module):
         super().__init__()
@@ -61,8 +62,9 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(size, 4 * size), activation, nn.Linear(4 * size, size))
 
     def forward(self, t: Tensor) -> Tensor:
-        angle = 1000.0 * t[:, None] * self.frequencies
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
+        # In float32 whatever the weights are: bfloat16 would round angles of up to 1000 rad by up to 2 rad.
+        angle = TIME_SCALE * t[..., None].float() * self.frequencies.float()
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
 class Conv(nn.Module):
@@ -123,7 +125,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """x (B, H, D), t (B,) or None, condition (B, K) → (B, H, D)."""
+    """x (B, H, D), t (B,) or None, condition (B, K) → (B, H, D). It has one time for all steps."""
 
     def __init__(self, action_size: int, condition_size: int, horizon: int, config: UNetConfig, time: bool):
         """Raises ValueError if the horizon cannot be halved as often as `config.down_dims` asks."""
