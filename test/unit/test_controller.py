@@ -55,11 +55,12 @@ class Arm:
         assert np.abs(velocity).max() <= 2.5 * (1 + 1e-9)
         assert np.abs(np.diff(velocity, axis=0) / PERIOD).max() <= 15 * (1 + 1e-6)
 
-    def chunk(self, values, sequence=0, epoch=None, start=None):
+    def chunk(self, values, sequence=0, epoch=None, start=None, policy='one'):
         start = self.t if start is None else start
         positions = np.zeros((len(values), 6))
         positions[:, 0] = values
-        return Chunk(start, 0.1, positions, self.controller.epoch if epoch is None else epoch, sequence, start)
+        return Chunk(start, 0.1, positions, self.controller.epoch if epoch is None else epoch, sequence, start,
+                     policy)
 
 
 @pytest.fixture
@@ -612,3 +613,90 @@ def test_a_clock_that_jumps_back_after_a_switch_extrapolates_nothing(arm):
     here = arm.measured[0]
     arm.run(0.5)
     assert here - 1e-9 <= arm.measured[0] <= here + 0.1 + 1e-9
+
+
+# --- another policy ---------------------------------------------------------------------------------------------------
+def test_another_policy_takes_over_in_motion_and_no_command_mixes_the_two(arm):
+    """Every target is of chunks of one policy, before and after, and the arm goes on within limits, without a stop."""
+    arm.follow()
+    old, epoch = arm.chunk(arm.measured[0] + 0.3 * np.arange(16) * 0.1, 1), arm.controller.epoch
+    arm.controller.add_chunk(old, arm.t)
+    arm.run(0.2)
+    with pytest.raises(ChunkError, match=f"planned by 'two', the epoch is that of 'one': {epoch + 1} begins"):
+        arm.controller.add_chunk(arm.chunk(np.full(16, 0.2), 2, policy='two'), arm.t)
+    assert arm.controller.epoch == epoch + 1
+    with pytest.raises(ChunkError, match='epoch'):
+        arm.controller.add_chunk(arm.chunk(np.full(16, 9.0), 3, epoch), arm.t)
+    arm.run(0.3)
+    assert arm.mode == Mode.POLICY and arm.controller.blend.newest[1] == 1, 'the old ones go on'
+    new = arm.chunk(arm.measured[0] + 0.05 - 0.02 * np.arange(16), policy='two', start=arm.t + 0.07)
+    arm.controller.add_chunk(new, arm.t)
+    seen = []
+    for _ in range(50):
+        arm.run(PERIOD)
+        assert arm.mode == Mode.POLICY
+        blend = arm.controller.blend
+        seen.append('two' if abs(blend.positions - new.at(arm.t)).max() < 1e-12 and arm.t >= new.start else 'one')
+        assert blend.newest[1] == (0 if seen[-1] == 'two' else 1) and blend.live <= 2
+    assert seen == ['one'] * 3 + ['two'] * 47, 'as soon as it covers now'
+    assert arm.measured[0] == pytest.approx(new.at(arm.t)[0], abs=1e-6)
+    arm.assert_within_limits()
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_policies_that_change_all_the_time_keep_the_limits(arm, seed):
+    rng, sequence, policy = np.random.default_rng(seed), 0, 'one'
+    arm.follow(seconds=0.1)
+    for _ in range(40):
+        arm.run(float(rng.uniform(0.02, 0.2)))
+        if rng.random() < 0.4:
+            policy = str(rng.integers(3))
+        sequence += 1
+        start = arm.t + float(rng.uniform(-0.1, 0.1))
+        values = arm.measured[0] + rng.uniform(-0.3, 0.3) + np.cumsum(rng.normal(0, 0.05, 16))
+        try:
+            arm.controller.add_chunk(arm.chunk(values, sequence, start=start, policy=policy), arm.t)
+        except ChunkError:
+            pass
+    arm.run(3.0)
+    assert arm.mode == Mode.HOLD
+    arm.assert_within_limits()
+
+
+def test_a_policy_that_wants_to_be_elsewhere_stops_the_arm(arm):
+    arm.follow()
+    for _ in range(2):
+        chunk = arm.chunk(np.full(16, arm.measured[0] + 1.0), 5, policy='two')
+        try:
+            arm.controller.add_chunk(chunk, arm.t)
+        except ChunkError:
+            pass
+    arm.run(0.04)
+    assert arm.mode == Mode.STOPPING and 'wants to be elsewhere' in arm.controller.reason
+    arm.run(1.0)
+    assert arm.mode == Mode.HOLD and 'first command refused' in arm.controller.reason
+    arm.assert_within_limits()
+
+
+def test_a_new_policy_that_never_comes_is_a_starved_arm(arm):
+    arm.follow()
+    with pytest.raises(ChunkError):
+        arm.controller.add_chunk(arm.chunk(np.zeros(16), 1, policy='two'), arm.t)
+    arm.run(3.0)
+    assert arm.mode == Mode.HOLD and arm.controller.reason == 'no fresh chunk'
+    arm.assert_within_limits()
+    arm.controller.add_chunk(arm.chunk(np.full(16, arm.measured[0]), policy='two'), arm.t)
+    arm.run(0.1)
+    assert arm.mode == Mode.POLICY
+
+
+def test_another_policy_while_held_is_followed_under_its_epoch(arm):
+    arm.arm()
+    arm.controller.add_chunk(arm.chunk(np.full(16, 2.0)), arm.t)
+    arm.run(0.1)
+    assert arm.mode == Mode.HOLD
+    with pytest.raises(ChunkError):
+        arm.controller.add_chunk(arm.chunk(np.zeros(16), 1, policy='two'), arm.t)
+    arm.controller.add_chunk(arm.chunk(np.zeros(16), policy='two'), arm.t)
+    arm.run(0.1)
+    assert arm.mode == Mode.POLICY and arm.controller.blend.live == 1

@@ -32,7 +32,7 @@ from std_srvs.srv import Trigger
 from il_policies.contract import load_contract
 from il_policies.data.decode import DecodeError, NotFiniteError, decode, stamp_of
 from il_runtime.core.clock import LoopClock, StampError
-from il_runtime.core.controller import SOURCES, Controller, Settings
+from il_runtime.core.controller import SOURCES, STARVED, Controller, Settings
 from il_runtime.core.ensembling import (
     MODES,
     Blending,
@@ -43,6 +43,7 @@ from il_runtime.core.ensembling import (
     arrange,
     check_finite,
 )
+from il_runtime.core.latency import Window
 from il_runtime.core.mode import Mode
 from il_runtime.core.shadow import COMMANDED, MEASURED, Comparison
 from il_runtime.outputs import Outputs
@@ -53,6 +54,7 @@ from il_runtime.ros import (
     be_nice,
     chunk_qos,
     declare,
+    entities,
     loud,
     nanoseconds,
     run,
@@ -65,6 +67,8 @@ STATUS_PERIOD = 0.1
 """Time between periodic statuses [s]."""
 STALL_S = 0.5
 """A /clock that tells the same time for longer stands still [s, wall]."""
+MAX_ARRIVALS = 64
+"""Chunks whose time of receipt is remembered."""
 REMEMBERED = 3000
 """Ticks whose lateness diagnostics show: a minute."""
 
@@ -105,7 +109,7 @@ class ControllerNode(LifecycleNode):
         declare(self, 'approach_speed', 100 * default.approach_speed, 'speed of an approach, share of the velocity and '
                 'acceleration limits [%]; not while armed', 1.0, 100.0, **live)
         autostart = declare(self, 'autostart', True, 'configure and activate at once')
-        self.permanent = set(self._entities())
+        self.permanent = set(entities(self))
         if autostart:
             start(self)
 
@@ -132,6 +136,10 @@ class ControllerNode(LifecycleNode):
         self.lateness: deque = deque(maxlen=10_000)
         self.recent = np.full(REMEMBERED, np.nan)
         self.announced, self.told = None, 0.0
+        self.observed_to_command, self.received_to_command = Window(), Window()
+        self.arrivals: dict[tuple[float, int], float] = {}  # chunk → when it was received; only those not used yet
+        self.used: tuple[float, int] | None = None  # chunk whose first command was the last to be measured
+        self.starved = 0
         self.others: list[str] = []
         self.stalled, self.ending, self.scheduler = False, False, 'not running'
 
@@ -186,7 +194,7 @@ class ControllerNode(LifecycleNode):
 
     def on_cleanup(self, state) -> TransitionCallbackReturn:
         """Give up what configure opened, so that it can be configured anew."""
-        for entity, destroy in self._entities().items():
+        for entity, destroy in entities(self).items():
             if entity not in self.permanent:
                 destroy(entity)
         self.remove_on_set_parameters_callback(self._on_parameters)
@@ -196,11 +204,6 @@ class ControllerNode(LifecycleNode):
         """Bounded stop, from whatever state."""
         self.finish(lambda: time.sleep(0.01))
         return super().on_shutdown(state)
-
-    def _entities(self) -> dict:
-        """What this node has open → how it is given up."""
-        return {**dict.fromkeys(self.publishers, self.destroy_publisher), **dict.fromkeys(self.services, self.destroy_service),
-                **dict.fromkeys(self.subscriptions, self.destroy_subscription), **dict.fromkeys(self.timers, self.destroy_timer)}
 
     def finish(self, spin_once) -> None:
         """Bring the arm to rest within its limits, then end the loop."""
@@ -340,6 +343,8 @@ class ControllerNode(LifecycleNode):
             level, message = DiagnosticStatus.ERROR, f'FAULT: {c.reason}'
         elif self.others:
             level, message = DiagnosticStatus.ERROR, '; '.join(self.others)
+        elif c.mode in (Mode.STOPPING, Mode.HOLD) and c.reason == STARVED:
+            level, message = DiagnosticStatus.WARN, f'{c.mode.name}: starved, {c.reason}'
         elif c.mode == Mode.HOLD and 'refused' in c.reason or shares[1] > 5.0 or self.sim_time and self.stalled:
             level, message = DiagnosticStatus.WARN, f'{c.mode.name}: {c.reason}'
         else:
@@ -350,7 +355,9 @@ class ControllerNode(LifecycleNode):
             **{f'rejected {source}': count for source, count in c.rejected.items()},
             'clamped ticks': c.clamped_ticks, 'clamped joints': ', '.join(c.clamped), 'ticks': self.ticks,
             'missed ticks': self.missed, 'lateness p50 [ms]': f'{shares[0]:.2f}', 'lateness p99 [ms]': f'{shares[1]:.2f}',
-            'lateness max [ms]': f'{shares[2]:.2f}', 'scheduler': self.scheduler}
+            'lateness max [ms]': f'{shares[2]:.2f}', 'scheduler': self.scheduler, 'starved': self.starved,
+            'observation to first command p50 / p90 / p99 / max': self.observed_to_command.words(self.clock.now()),
+            'chunk received to first command p50 / p90 / p99 / max': self.received_to_command.words(self.clock.now())}
         status = DiagnosticStatus(level=level, name=f'{self.get_fully_qualified_name()}: control loop', message=message,
                                   hardware_id=self.contract.robot,
                                   values=[KeyValue(key=key, value=str(value)) for key, value in values.items()])
@@ -464,8 +471,11 @@ class ControllerNode(LifecycleNode):
                 positions = arrange(message.joint_names, message.positions, message.horizon, message.step_period,
                                     self.controller.joints)
                 observed, begins = self.clock.convert(nanoseconds(message.header.stamp), nanoseconds(message.start))
-                chunk = Chunk(begins, message.step_period, positions, message.epoch, message.sequence, observed)
+                chunk = Chunk(begins, message.step_period, positions, message.epoch, message.sequence, observed, message.policy)
                 self.controller.add_chunk(chunk, now)
+                if len(self.arrivals) == MAX_ARRIVALS:
+                    self.arrivals.pop(next(iter(self.arrivals)))
+                self.arrivals[chunk.start, chunk.sequence] = now
                 if self.controller.follows_chunks and self.controller.mode != Mode.INACTIVE:
                     self._show('chunk', chunk)
 
@@ -491,7 +501,9 @@ class ControllerNode(LifecycleNode):
             self.remarks[source] = f'refused: {error}'
 
     def _tick(self, now: float, elapsed: int) -> None:
+        before = self.controller.mode
         command = self.controller.tick(now, elapsed)
+        self._measure_latency(before)
         self._show('target', now, self.controller.blend.positions if self.controller.blend else None)
         if command is not None:
             # Stamped with the tick it is for, so that differences of commands are exact velocities.
@@ -499,6 +511,16 @@ class ControllerNode(LifecycleNode):
         due = time.monotonic() - self.told > STATUS_PERIOD - 0.5 * self.controller.period
         if due or self.announced != (self.controller.mode, self.controller.epoch):
             self._publish_status(now)
+
+    def _measure_latency(self, before: Mode) -> None:
+        """At the first command that uses a chunk: how old its observation is, and how long ago it came."""
+        c = self.controller
+        self.starved += before == Mode.POLICY and c.mode == Mode.STOPPING and c.reason == STARVED
+        if c.mode == Mode.POLICY and c.blend is not None and c.blend.newest != self.used:
+            now, self.used = self.clock.now(), c.blend.newest
+            self.observed_to_command.add(now, c.blend.age)
+            if (arrived := self.arrivals.pop(self.used, None)) is not None:
+                self.received_to_command.add(now, now - arrived)
 
     def _publish_status(self, now: float) -> None:
         c, blend = self.controller, self.controller.blend

@@ -3,23 +3,62 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from builtin_interfaces.msg import Duration
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from il_msgs.msg import ActionChunk, ControllerStatus
+from il_msgs.srv import LoadPolicy
+from rclpy.callback_groups import ReentrantCallbackGroup
+from rclpy.clock import Clock, ClockType, JumpThreshold
+from rclpy.duration import Duration as Span
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
-from rclpy.qos import qos_profile_sensor_data
+from rclpy.qos import QoSProfile, qos_profile_sensor_data
+from rclpy.task import Future
+from std_msgs.msg import String
 
 from il_policies import checkpoint
 from il_policies.check.agreement import differences, of_contract, of_policy
 from il_policies.contract import load_contract
-from il_policies.data.align import buffers, observation_at
-from il_policies.data.decode import DecodeError, decode, stamp_of
-from il_policies.planner import NOISE, Planner
+from il_policies.data.align import Observation
+from il_policies.data.decode import DecodeError
+from il_policies.observer import Observer
+from il_policies.planner import NOISE, RTC, Planner
+from il_policies.policies import Policy
+from il_runtime.core.latency import Window
 from il_runtime.images import convert
-from il_runtime.ros import STATUS_QOS, Worker, be_nice, chunk_qos, declare, loud, message_class, run, start, to_stamp
+from il_runtime.ros import STATUS_QOS, Worker, be_nice, chunk_qos, declare, entities, loud, message_class, run, start, to_stamp
 
 FOLLOWING = (ControllerStatus.HOLD, ControllerStatus.POLICY, ControllerStatus.APPROACH)
+PLAN_WHEN = ('stride', 'continuous', 'horizon')
+PAUSE = 0.002
+"""Between two looks of the planning thread at what has changed [s]."""
+LEAST_PERIOD = 0.02
+"""Continuous planning of a quick network begins no chunk sooner after another: the controller takes up one a tick [s]."""
+STREAMS_TIMEOUT = 5.0
+"""A policy that was loaded at run time waits for its observations for so long, then it is given up [s]."""
+DELAY_SHARE = 0.9
+"""Share of measured delays that real-time chunking allows for."""
+STAGES = {'arrival': 'capture to arrival here', 'observation': 'observation to planning', 'inference': 'inference',
+          'publishing': 'inference to published', 'total': 'capture to published'}
+"""What is timed, and its name in diagnostics. The first command after it is the controller's to tell."""
+
+
+@dataclass
+class Brain:
+    """A policy that plans, and what it sees."""
+
+    source: str
+    """Folder of its checkpoint."""
+    policy: Policy
+    planner: Planner
+    observer: Observer
+    deadline: float = 0.0
+    """Loaded at run time: until when it may wait for its observations, monotonic [s]."""
+    taken_over: Future = field(default_factory=Future)
+    """Loaded at run time: '' once it plans, else why it does not."""
 
 
 class PolicyNode(LifecycleNode):
@@ -29,44 +68,53 @@ class PolicyNode(LifecycleNode):
         super().__init__('policy')
         declare(self, 'contract', '', "the robot's contract, a YAML file")
         declare(self, 'checkpoint', '', 'folder written by il train')
+        declare(self, 'plan_when', 'stride', 'stride: every `stride` policy steps; continuous: as fast as it can; '
+                'horizon: when less than `least_horizon` steps of the last chunk remain')
         declare(self, 'stride', 8, 'policy steps between plans', 1, 1000)
+        declare(self, 'least_horizon', 8, 'policy steps, see plan_when', 1, 1000)
         declare(self, 'noise', 'warm_start', f'noise of each new chunk: {", ".join(NOISE)}')
         declare(self, 'tau', 0.5, 'warm start: from where the previous chunk is denoised anew; 0 = pure noise', 0.0, 0.99)
+        declare(self, 'rtc', 'off', f'real-time chunking, the new chunk continues the previous one: {", ".join(RTC)}; '
+                'the controller\'s ensembling must be latest')
         declare(self, 'seed', 0, 'seed of the noise', 0, 2**31 - 1)
         declare(self, 'threads', 1, 'threads of the network', 1, 256)
         be_nice(self)
-        if declare(self, 'autostart', True, 'configure and activate at once'):
+        autostart = declare(self, 'autostart', True, 'configure and activate at once')
+        self.permanent = set(entities(self))
+        if autostart:
             start(self)
 
     # --- lifecycle ----------------------------------------------------------------------------------------------------
     @loud
     def on_configure(self, _state) -> TransitionCallbackReturn:
         """Load, check, warm up."""
-        value = {p: self.get_parameter(p).value for p in ('contract', 'checkpoint', 'stride', 'noise', 'tau', 'seed', 'threads')}
-        torch.set_num_threads(value['threads'])
-        self.contract = load_contract(value['contract'])
-        self.policy = checkpoint.load(value['checkpoint'])
-        mismatches = differences(of_contract(value['contract'], self.contract), of_policy(value['checkpoint'], self.policy))
-        if mismatches:
-            raise ValueError(f'{value["checkpoint"]} was trained for another robot: ' + '; '.join(mismatches))
-        self.planner = Planner(self.policy, value['noise'], value['tau'], value['seed'])
-        classes = {name: message_class(self.contract.observations[name]) for name in self.policy.spec.features}
-        spec = self.policy.spec
-        self.period = round(spec.step_period * 1e9)
-        self.stride = value['stride'] * self.period
-        self.streams = buffers(self.contract, list(spec.features))
-        cameras = [name for name in spec.features if self.contract.observations[name].is_image]
-        self.anchor = cameras[0] if cameras else None
-        self.lock = threading.Lock()  # over streams and status, between callbacks and the planning thread
+        value = self._value
+        torch.set_num_threads(value('threads'))
+        if value('plan_when') not in PLAN_WHEN:
+            raise ValueError(f'plan_when is {value("plan_when")!r}; valid: {", ".join(PLAN_WHEN)}')
+        self.contract = load_contract(value('contract'))
+        self.lock = threading.RLock()  # over observers and status, between callbacks and the planning thread
         self.status: ControllerStatus | None = None
+        self.running, self.loading, self.instruction = False, False, ''
+        self.incoming: Brain | None = None  # loaded, and about to take over
+        self.problems: dict[str, str] = {}
+        self.planned = 0.0  # when the last chunk was published: monotonic [s]
+        self.count, self.shown, self.told = 0, None, 0.0
+        self._forget_durations()
+        self.brain = self._load(value('checkpoint'))
+        self.subscribed: set[str] = set()
+        self._subscribe(self.brain)
         self.create_subscription(ControllerStatus, 'controller/status', self._on_status, STATUS_QOS)
-        for name, buffer in self.streams.items():
-            self.create_subscription(classes[name], buffer.stream.topic,
-                                     lambda message, info, name=name: self._on_sample(name, message, info),
-                                     qos_profile_sensor_data)
-        # The first pass through a network is the slowest; it must not be the first of an episode.
-        self.planner.warm_up()
-        # Last, so that who sees a publisher of chunks finds a planner that is ready.
+        self.create_subscription(String, 'instruction', self._on_instruction, STATUS_QOS)
+        self.diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
+        # Steady: a stalled /clock must not silence the node. A group that lets others in: an answer waits for its policy.
+        self.create_timer(0.1, self._look_around, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self.create_service(LoadPolicy, '~/load_policy', self._on_load, callback_group=ReentrantCallbackGroup())
+        back = JumpThreshold(min_forward=None, min_backward=Span(nanoseconds=-1), on_clock_change=False)
+        self._jumps = self.get_clock().create_jump_callback(back, post_callback=lambda _: self._on_jump_back())
+        # Last, so that who sees a publisher of chunks finds a planner that is ready. Its lifespan stays that of the first
+        # policy: the controller knows of every chunk when it ends.
+        spec = self.brain.policy.spec
         self.chunks = self.create_publisher(ActionChunk, 'chunks', chunk_qos(spec.horizon * spec.step_period))
         return TransitionCallbackReturn.SUCCESS
 
@@ -75,7 +123,10 @@ class PolicyNode(LifecycleNode):
         self.running = True
         self.thread = Worker(self._plan, 'planning')
         self.thread.start()
-        self.get_logger().info(f'{self.policy.hash}: plans every {self.stride / 1e9:g} s')
+        when, period = self._value('plan_when'), self.brain.policy.spec.step_period
+        words = {'stride': f'every {self._value("stride") * period:g} s', 'continuous': 'as fast as it can',
+                 'horizon': f'when less than {self._value("least_horizon") * period:g} s of a chunk remain'}
+        self.get_logger().info(f'{self.brain.policy.hash}: plans {words[when]}')
         return super().on_activate(state)
 
     def on_deactivate(self, state) -> TransitionCallbackReturn:
@@ -83,78 +134,276 @@ class PolicyNode(LifecycleNode):
         self.finish()
         return super().on_deactivate(state)
 
+    def on_cleanup(self, state) -> TransitionCallbackReturn:
+        """Give up what configure opened, so that it can be configured anew."""
+        for entity, destroy in entities(self).items():
+            if entity not in self.permanent:
+                destroy(entity)
+        self._jumps.unregister()
+        return super().on_cleanup(state)
+
     def finish(self, _spin_once=None) -> None:
         """End the planning thread."""
         if getattr(self, 'running', False):
             self.running = False
             self.thread.join(timeout=5.0)
 
+    def _value(self, name: str):
+        return self.get_parameter(name).value
+
+    def _load(self, source: str) -> Brain:
+        """Load a checkpoint, check it against the contract, warm it up. Raises ValueError if it cannot plan here."""
+        policy = checkpoint.load(source)
+        mismatches = differences(of_contract(self._value('contract'), self.contract), of_policy(source, policy))
+        if mismatches:
+            raise ValueError(f'{source} was trained for another robot: ' + '; '.join(mismatches))
+        spec = policy.spec
+        if self._value('plan_when') == 'horizon' and self._value('least_horizon') >= spec.horizon:
+            raise ValueError(f'least_horizon is {self._value("least_horizon")}, must be less than the horizon of {source}, '
+                             f'{spec.horizon}')
+        planner = Planner(policy, *(self._value(name) for name in ('noise', 'tau', 'seed', 'rtc')))
+        # The first pass through a network is the slowest; it must not be the first of an episode.
+        planner.warm_up()
+        for name in spec.features:
+            message_class(self.contract.observations[name])
+        return Brain(source, policy, planner, Observer(self.contract, spec.features, spec.history, spec.step_period))
+
+    def _subscribe(self, brain: Brain) -> None:
+        """Listen to what a policy observes, too."""
+        for name in brain.observer.streams.keys() - self.subscribed:
+            stream = self.contract.observations[name]
+            self.create_subscription(message_class(stream), stream.topic,
+                                     lambda message, info, name=name: self._on_sample(name, message, info),
+                                     qos_profile_sensor_data)
+            self.subscribed.add(name)
+
     # --- callbacks ----------------------------------------------------------------------------------------------------
     def _on_sample(self, name: str, message, info: dict) -> None:
-        stream = self.streams[name].stream
-        try:
-            sample = decode(message, stream, convert)
-            stamp = stamp_of(message, stream, info['source_timestamp'], self.get_clock().now().nanoseconds)
-        except DecodeError as error:
-            self.get_logger().warning(f'{name} ignored: {error}', throttle_duration_sec=1.0)
-            return
-        with self.lock:
-            self.streams[name].add(stamp, sample)
+        now = self.get_clock().now().nanoseconds
+        # Each decodes for itself: two of them listen only while one is about to take over.
+        for brain in (self.brain, self.incoming):
+            if brain is None or name not in brain.observer.streams:
+                continue
+            try:
+                with self.lock:
+                    stamp = brain.observer.take(name, message, info['source_timestamp'], now, convert)
+            except DecodeError as error:
+                self.get_logger().warning(f'{name} ignored: {error}', throttle_duration_sec=1.0)
+            else:
+                self.windows['arrival'].add(time.monotonic(), (now - stamp) * 1e-9)
 
     def _on_status(self, status: ControllerStatus) -> None:
         with self.lock:
             self.status = status
 
+    def _on_instruction(self, message: String) -> None:
+        self.instruction = message.data
+
+    def _on_jump_back(self) -> None:
+        with self.lock:
+            for brain in (self.brain, self.incoming):
+                if brain is not None:
+                    brain.observer.clear()
+
+    # --- another policy -----------------------------------------------------------------------------------------------
+    async def _on_load(self, request: LoadPolicy.Request, response: LoadPolicy.Response) -> LoadPolicy.Response:
+        """Answers once the new policy plans, or with why it does not; meanwhile the old one goes on."""
+        if self.loading:
+            response.message = 'another policy is being loaded'
+        else:
+            self.loading = True
+            try:
+                response.message = await self._exchange(request.checkpoint)
+                response.success = not response.message
+            finally:
+                self.loading = False
+            response.message = response.message or f'{request.checkpoint} plans'
+        response.policy = self.brain.policy.hash
+        (self.get_logger().info if response.success else self.get_logger().error)(f'load_policy: {response.message}')
+        return response
+
+    async def _exchange(self, source: str) -> str:
+        """Why it failed, or ''."""
+        loaded = Future(executor=self.executor)
+
+        def load() -> None:
+            torch.set_num_threads(self._value('threads'))
+            try:
+                loaded.set_result(self._load(source))
+            except (ValueError, OSError) as error:
+                loaded.set_result(str(error))
+            except Exception as error:
+                loaded.set_result(f'internal error: {error!r}')
+
+        Worker(load, 'loading').start()
+        brain = await loaded
+        if isinstance(brain, str):
+            return brain
+        brain.taken_over = Future(executor=self.executor)
+        brain.deadline = time.monotonic() + STREAMS_TIMEOUT
+        with self.lock:
+            self.incoming = brain
+        self._subscribe(brain)
+        if not self.running:
+            self._take_over(following=False)
+        return await brain.taken_over
+
+    def _take_over(self, following: bool) -> bool:
+        """The policy that was loaded takes over as soon as it sees all it needs, or if nobody follows; True if it does now."""
+        new = self.incoming
+        if new is None:
+            return False
+        with self.lock:
+            now = self.get_clock().now().nanoseconds
+            problems = new.observer.observe(now, now)[1].problems if following else {}
+            if problems and time.monotonic() < new.deadline:
+                return False
+            self.incoming = None
+            if not problems:
+                self.brain = new
+                self._forget_durations()
+        new.taken_over.set_result(f'{new.source} was given up, for what it observes is not there: ' + '; '.join(problems.values())
+                                  if problems else '')
+        return not problems
+
+    def _forget_durations(self) -> None:
+        """Those of another network would tell nothing."""
+        self.windows = {name: Window() for name in (*STAGES, 'delay')}
+
     # --- planning -----------------------------------------------------------------------------------------------------
     def _plan(self) -> None:
-        epoch, following, sequence, due, since, began = None, False, 0, 0, 0, None
+        epoch, following, moving, sequence, due, since, began = None, False, False, 0, 0, 0, None
+        seen = 0
         while self.running:
+            taken_over = self._take_over(following)
             with self.lock:
-                status = self.status
+                brain, status = self.brain, self.status
             now = self.get_clock().now().nanoseconds
-            was_following, following = following, status is not None and status.mode in FOLLOWING
+            was_following, was_moving = following, moving
+            following = status is not None and status.mode in FOLLOWING
+            moving = following and status.mode == ControllerStatus.POLICY
             if following and (status.epoch != epoch or not was_following):
-                # After a stop the arm is elsewhere than the last chunk would have it. Within an epoch the sequence goes on:
-                # the controller takes one that it has seen for a double.
+                # Within an epoch the sequence goes on: the controller takes one that it has seen for a double.
                 sequence = sequence if status.epoch == epoch else 0
-                epoch, due, since, began = status.epoch, now, now, None
-                self.planner.reset()
+                if not (moving and was_moving):  # after a stop the arm is elsewhere than the last chunk would have it
+                    since, began = now, None
+                epoch, due, seen = status.epoch, now, 0
+                brain.planner.reset()
+            elif taken_over:  # its first chunk makes the controller begin a new epoch, in which it is followed
+                due = now
             if not following or now < due:
-                time.sleep(0.002)
+                time.sleep(PAUSE)
                 continue
             with self.lock:
-                t = self.streams[self.anchor].newest or now if self.anchor else now
-                first = t if began is None else began
-                observation = observation_at(self.streams, t, self.policy.spec.history, self.period, first, self.anchor)
-                # Measured against itself the newest frame is never old: a camera that has died shows against now.
-                dead = observation_at({self.anchor: self.streams[self.anchor]}, now).problems if self.anchor else {}
-            problems = observation.problems | dead
-            if problems:
-                self.get_logger().warning('not planning: ' + '; '.join(problems.values()), throttle_duration_sec=1.0)
+                t, observation = brain.observer.observe(now, began)
+            self.problems = observation.problems
+            if observation.problems:
+                self.get_logger().warning('not planning: ' + '; '.join(observation.problems.values()), throttle_duration_sec=1.0)
                 time.sleep(0.02)
                 continue
-            if t < since:  # the newest frame is from before: it may show the arm elsewhere, as before a reset
-                time.sleep(0.002)
+            # The newest frame is from before: it may show the arm elsewhere, as before a reset; or it has been planned from.
+            if t < since or brain.observer.anchor and t <= seen:
+                time.sleep(PAUSE)
                 continue
-            began = first
+            began = t if began is None else began
             if status.mode == ControllerStatus.HOLD:
                 # Nothing is followed yet. Warm-started from a chunk that was refused, the next one would be refused too.
-                self.planner.forget()
-            started = time.monotonic_ns()
-            chunk_start = t + round(self.policy.spec.action_offset * 1e9)
-            positions = self.planner.plan(observation.data, chunk_start * 1e-9)
-            self._publish(t, chunk_start, positions, epoch, sequence, time.monotonic_ns() - started)
-            sequence += 1
-            due += self.stride * (1 + max(0, (now - due) // self.stride))
+                brain.planner.forget()
+            self._make_chunk(brain, t, observation, epoch, sequence)
+            seen, sequence = t, sequence + 1
+            due = self._next_due(brain, due, now, t)
 
-    def _publish(self, t: int, chunk_start: int, positions, epoch: int, sequence: int, took: int) -> None:
-        message = ActionChunk(step_period=self.policy.spec.step_period, joint_names=list(self.policy.spec.action_names),
-                              horizon=len(positions), positions=positions.astype('float32').ravel(), epoch=epoch,
-                              sequence=sequence, policy=self.policy.hash)
+    def _next_due(self, brain: Brain, due: int, now: int, t: int) -> int:
+        """When the chunk after one that was planned from t is to be begun, by plan_when; all [ns]."""
+        period, spec = brain.observer.period, brain.policy.spec
+        when = self._value('plan_when')
+        if when == 'continuous':
+            return now + round(LEAST_PERIOD * 1e9)
+        if when == 'horizon':
+            end = t + round(spec.action_offset * 1e9) + (spec.horizon - 1) * period
+            return max(end - self._value('least_horizon') * period, now + round(LEAST_PERIOD * 1e9))
+        stride = self._value('stride') * period
+        return due + stride * (1 + max(0, (now - due) // stride))
+
+    def _make_chunk(self, brain: Brain, t: int, observation: Observation, epoch: int, sequence: int) -> None:
+        """Plan from an observation of time t [ns], publish, and time it."""
+        spec = brain.policy.spec
+        chunk_start = t + round(spec.action_offset * 1e9)
+        began = time.monotonic()
+        waited = (self.get_clock().now().nanoseconds - t) * 1e-9
+        delay = self.windows['delay'].quantiles(began, (DELAY_SHARE,))
+        # It is taken up at the controller's next tick.
+        late = (0.0 if delay is None else float(delay[0])) + 1.0 / self.contract.control_rate
+        positions = brain.planner.plan(observation.data, chunk_start * 1e-9, late)
+        planned = time.monotonic()
+        took = round((planned - began) * 1e9)
+        message = ActionChunk(step_period=spec.step_period, joint_names=list(spec.action_names), horizon=len(positions),
+                              positions=positions.astype('float32').ravel(), epoch=epoch, sequence=sequence,
+                              policy=brain.policy.hash)
         message.header.stamp = to_stamp(t)
         message.start = to_stamp(chunk_start)
         message.inference_time = Duration(sec=took // 10**9, nanosec=took % 10**9)
         self.chunks.publish(message)
+        published = time.monotonic()
+        done = self.get_clock().now().nanoseconds
+        self.planned, self.count = published, self.count + 1
+        for name, duration in (('observation', waited), ('inference', planned - began), ('publishing', published - planned),
+                               ('total', (done - t) * 1e-9), ('delay', (done - chunk_start) * 1e-9)):
+            self.windows[name].add(published, duration)
+
+    # --- diagnostics --------------------------------------------------------------------------------------------------
+    def _look_around(self) -> None:
+        """Publish diagnostics once a second, and at once when something has changed."""
+        now, monotonic = self.get_clock().now().nanoseconds, time.monotonic()
+        with self.lock:
+            status, brain = self.status, self.brain
+            problems = brain.observer.problems(now)
+            refused = dict(brain.observer.refused)
+        following = self.running and status is not None and status.mode in FOLLOWING
+        if following:
+            problems = {**self.problems, **problems}
+        level, message = self._judgement(status, brain, following, problems, monotonic)
+        shown = level, message.partition(':')[0], tuple(sorted(problems)), brain.policy.hash
+        if shown == self.shown and monotonic - self.told < 0.95:
+            return
+        self.shown, self.told = shown, monotonic
+        values = {'policy': brain.policy.hash, 'kind': brain.policy.kind, 'checkpoint': str(Path(brain.source).absolute()),
+                  'plan when': self._value('plan_when'), 'rtc': brain.planner.rtc, 'instruction': self.instruction,
+                  'chunks': self.count, 'epoch': '' if status is None else status.epoch,
+                  **{f'stream {name}': problems.get(name, 'fresh') for name in brain.observer.streams},
+                  **{f'refused {name}': count for name, count in refused.items()},
+                  **{f'{words} p50 / p90 / p99 / max': self.windows[name].words(monotonic) for name, words in STAGES.items()}}
+        array = DiagnosticArray(status=[DiagnosticStatus(
+            level=level, name=f'{self.get_fully_qualified_name()}: planning', message=message, hardware_id=self.contract.robot,
+            values=[KeyValue(key=key, value=str(value)) for key, value in values.items()])])
+        array.header.stamp = self.get_clock().now().to_msg()
+        self.diagnostics.publish(array)
+
+    def _judgement(self, status: ControllerStatus | None, brain: Brain, following: bool, problems: dict[str, str],
+                   monotonic: float) -> tuple[bytes, str]:
+        """Level and message."""
+        if problems:
+            level = DiagnosticStatus.ERROR if following else DiagnosticStatus.WARN
+            return level, ('not planning: ' if following else 'could not plan: ') + '; '.join(problems.values())
+        if not self.running:
+            return DiagnosticStatus.OK, 'not active'
+        if status is None:
+            return DiagnosticStatus.WARN, 'waiting for a controller: nothing received on controller/status'
+        if not following:
+            return DiagnosticStatus.OK, f'waiting: the controller is not in a mode that follows chunks ({status.reason})'
+        spec = brain.policy.spec
+        slow = self.windows['delay'].quantiles(monotonic, (DELAY_SHARE,))
+        length = (spec.horizon - 1) * spec.step_period
+        if slow is not None and slow[0] > length:
+            return DiagnosticStatus.ERROR, (f'starved: chunks end before they are planned: they cover {length:.2f} s and come '
+                                            f'after {slow[0]:.2f} s')
+        if slow is not None and self._value('plan_when') == 'stride' and slow[0] > self._value('stride') * spec.step_period:
+            return DiagnosticStatus.WARN, (f'slow: planning takes {slow[0]:.2f} s, more than the stride of '
+                                           f'{self._value("stride") * spec.step_period:.2f} s')
+        if brain.planner.rtc != 'off' and status.ensembling not in ('', 'latest'):
+            return DiagnosticStatus.WARN, (f'rtc is {brain.planner.rtc}, but the controller blends chunks: its ensembling is '
+                                           f'{status.ensembling}, should be latest')
+        return DiagnosticStatus.OK, 'planning'
 
 
 def main() -> None:

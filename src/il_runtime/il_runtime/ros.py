@@ -68,6 +68,12 @@ def declare(node, name: str, default, description: str, low=None, high=None, rea
     return node.declare_parameter(name, default, descriptor).value
 
 
+def entities(node) -> dict:
+    """What a node has open → how it is given up."""
+    return {**dict.fromkeys(node.publishers, node.destroy_publisher), **dict.fromkeys(node.services, node.destroy_service),
+            **dict.fromkeys(node.subscriptions, node.destroy_subscription), **dict.fromkeys(node.timers, node.destroy_timer)}
+
+
 class Polled(CallbackGroup):
     """Group of subscriptions that no executor serves: whoever owns them takes their messages with `take_all`."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from il_policies.contract import Contract
-from il_runtime.core.ensembling import Blend, Chunk, Ensembler
+from il_runtime.core.ensembling import Blend, Chunk, ChunkError, Ensembler
 from il_runtime.core.mode import TRANSITIONS, Mode
 from il_runtime.core.safety import Gate, Ramp
 
@@ -21,6 +21,10 @@ SPEED_SLEW = 2.0
 """Largest change of the speed scale, in full speeds a second: with it chunks are slowed down within the acceleration limits."""
 FAULT_SHOWN = 1.0
 """A shadow shows a fault for so long before it begins anew [s]."""
+MAX_WAITING = 8
+"""Chunks of a new epoch that wait while the arm still follows the old one's."""
+STARVED = 'no fresh chunk'
+"""Why a controller has stopped that has run out of chunks."""
 SOURCES = ('chunks', 'joint_states', 'teleop')
 
 
@@ -43,8 +47,11 @@ class Settings:
 class Controller:
     """Chunks and teleop commands in, one safe command per tick out. Times are seconds of one clock of the caller's choice.
 
-    Nothing moves before `arm`. Every arming, every hand-back by a human and every clock reset issues a new epoch, and only
-    chunks that carry it are followed. Not thread-safe: everything is called from the loop.
+    Nothing moves before `arm`. Every arming, every hand-back by a human, every clock reset and every change of policy issues a
+    new epoch, and only chunks that carry it are followed. Not thread-safe: everything is called from the loop.
+
+    An epoch has one policy: the first chunk of another one is not followed, but begins a new epoch. Meanwhile the arm goes on
+    along the chunks it has, and takes up the new epoch's, and none of the old, when the first of them covers now.
 
     A shadow's commands are not sent, and the arm does what somebody else wants: at rest a shadow stands where the arm is, and
     when the arm has gone another way it begins anew there; it arms itself, and leaves a fault by itself.
@@ -93,6 +100,8 @@ class Controller:
         self._entered = self._last = 0.0
         self._tracking_since: float | None = None
         self._lagging_since: float | None = None
+        self._policy: str | None = None  # of the epoch, once it has one
+        self._waiting: deque[tuple[Chunk, float, float]] = deque(maxlen=MAX_WAITING)  # and when received, and its delay
         self._delays: deque[tuple[float, float]] = deque([(0.0, 0.0)], maxlen=round(2.0 * contract.control_rate))
 
     # --- inputs -------------------------------------------------------------------------------------------------------
@@ -116,10 +125,22 @@ class Controller:
             self._event('released', 'released by the human')
 
     def add_chunk(self, chunk: Chunk, now: float) -> None:
-        """Take a checked chunk that has come since the last tick. Raises ChunkError if it is of another epoch."""
+        """Take a checked chunk that has come since the last tick. Raises ChunkError if it is of another epoch or policy."""
         self._non_finite['chunks'] = 0
+        if chunk.epoch != self.epoch:
+            raise ChunkError(f'epoch {chunk.epoch}, the current one is {self.epoch}')
+        if self._policy not in (None, chunk.policy):
+            before = self._policy
+            self._new_epoch(goes_on=self.mode == Mode.POLICY)
+            self._policy = chunk.policy
+            raise ChunkError(f'planned by {chunk.policy!r}, the epoch is that of {before!r}: {self.epoch} begins for the other')
+        self._policy = chunk.policy
         # Fading in from the last tick on, it has weight at the next one already.
-        self.ensembler.add(chunk, max(self._last, now - self.period), self._delay(chunk.start))
+        arrival = chunk, max(self._last, now - self.period), self._delay(chunk.start)
+        if self.mode != Mode.INACTIVE and self.ensembler.epoch != self.epoch:
+            self._waiting.append(arrival)
+        else:
+            self.ensembler.add(*arrival)
 
     def reject(self, source: str, non_finite: bool) -> None:
         """Count a message of one of SOURCES that was refused whole; the third non-finite one in a row latches a fault."""
@@ -274,6 +295,8 @@ class Controller:
     def _target(self, now: float) -> np.ndarray | None:
         """What the arm is asked for now, shape (D,), by whoever is in charge; None: stop, or stay."""
         self._heed_human(now)
+        if self.ensembler.epoch != self.epoch:
+            self._change_policy(now)
         if self.mode == Mode.HOLD and self._human is None and self.follows_chunks:
             self.blend = self.ensembler.at(now, self._delay(now))
             if self.blend is not None:
@@ -283,7 +306,7 @@ class Controller:
             # The stop begins while the chunks still cover it.
             if self.blend is None or self.ensembler.covers_until(now) - now < self.gate.stopping_time:
                 self.ensembler.clear()
-                self._event('starved', 'no fresh chunk')
+                self._event('starved', STARVED)
         if self.mode == Mode.POLICY:
             return self._faded_in(now, self.blend.positions)
         if self.mode == Mode.TELEOP:
@@ -295,6 +318,21 @@ class Controller:
                 self._event('starved', 'what was approached has ended: no fresh chunk')
         moving = self.mode in (Mode.STOPPING, Mode.FAULT, Mode.APPROACH) and self._ramp is not None
         return self._ramp.at(now) if moving and now < self._ramp.end + self.period else None
+
+    def _change_policy(self, now: float) -> None:
+        """Take up the new epoch's chunks, once one of them covers now or the old ones are not followed any longer."""
+        if self.mode == Mode.POLICY and not any(chunk.start <= now <= chunk.end for chunk, _, _ in self._waiting):
+            return
+        self.ensembler.reset(self.epoch)
+        while self._waiting:
+            self.ensembler.add(*self._waiting.popleft())
+        if self.mode == Mode.POLICY:
+            blend = self.ensembler.at(now, self._delay(now))
+            off = np.abs(blend.positions - self.gate.position)
+            if (off <= self.first_command_tolerance).all():
+                self._entered, self._ramp, self.reason = self._last, self._stop_ramp(), 'following chunks of another policy'
+            else:
+                self._event('hold', f'the new policy wants to be elsewhere: {self._names(off > self.first_command_tolerance)}')
 
     def _heed_human(self, now: float) -> None:
         """Whoever sends teleop commands is in charge, or at least nobody else is."""
@@ -369,9 +407,13 @@ class Controller:
         except RuntimeError:
             return None  # the gate brakes by itself
 
-    def _new_epoch(self) -> None:
+    def _new_epoch(self, goes_on: bool = False) -> None:
+        """goes_on: along the chunks of the old epoch, until the new one has its first."""
         self.epoch += 1
-        self.ensembler.reset(self.epoch)
+        self._policy = None
+        self._waiting.clear()
+        if not goes_on:
+            self.ensembler.reset(self.epoch)
 
     def _overrun(self, now: float, missed: int) -> None:
         """Meanwhile the arm has stood where it was last told to be, or has run out: come to rest from there."""

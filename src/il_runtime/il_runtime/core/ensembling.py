@@ -47,6 +47,8 @@ class Chunk:
     """Rises by one per chunk within an epoch."""
     observed: float
     """When the observation behind it was taken [s]."""
+    policy: str = ''
+    """Who planned it."""
 
     @property
     def end(self) -> float:
@@ -106,6 +108,8 @@ class Blend:
     """Chunks that cover the moment."""
     age: float
     """Time since the newest live chunk's observation [s]."""
+    newest: tuple[float, int]
+    """Which chunk that is: its start [s] and sequence."""
     disagreement: float
     """Largest joint distance between live chunks, in units of the joint's tolerance."""
     crossfading: bool
@@ -152,7 +156,8 @@ class Ensembler:
         self.tolerance = np.asarray(tolerance, dtype=np.float64)
         self.blending, self.ramp = blending, ramp
         self._before, self._switched = blending, -np.inf
-        self._epoch = -1
+        self.epoch = -1
+        """The only one whose chunks are taken."""
         self._members: dict[tuple[float, int], _Member] = {}  # by start and sequence
         self._seen: dict[tuple[float, int], float] = {}  # keys of chunks that have not ended yet → their end
 
@@ -162,7 +167,7 @@ class Ensembler:
 
     def reset(self, epoch: int) -> None:
         """Forget everything; from now on only chunks of this epoch count."""
-        self._epoch, self._switched = epoch, -np.inf
+        self.epoch, self._switched = epoch, -np.inf
         self.clear()
 
     def clear(self) -> None:
@@ -175,8 +180,8 @@ class Ensembler:
 
         delay: by how much slowed-down playback is behind at the chunk's start, see `at` [s].
         """
-        if chunk.epoch != self._epoch:
-            raise ChunkError(f'epoch {chunk.epoch}, the current one is {self._epoch}')
+        if chunk.epoch != self.epoch:
+            raise ChunkError(f'epoch {chunk.epoch}, the current one is {self.epoch}')
         key = (chunk.start, chunk.sequence)
         if key not in self._seen and chunk.end >= now:
             self._seen = {known: end for known, end in self._seen.items() if end >= now}
@@ -218,7 +223,7 @@ class Ensembler:
         fraction = max((t - self._switched) / seam, 0.0)
         if fraction < 1:
             positions = fraction * positions + (1 - fraction) * (self._weights(self._before, live, t) @ points)
-        return Blend(positions, len(live), t - newest.chunk.observed, disagreement,
+        return Blend(positions, len(live), t - newest.chunk.observed, (newest.chunk.start, newest.chunk.sequence), disagreement,
                      any(member.retired < np.inf for member in live))
 
     def _disagreement(self, points: np.ndarray) -> float:
