@@ -21,12 +21,13 @@ from il_policies import durable
 from il_policies.contract import ContractError, from_dict
 from il_policies.policies import Policy, PolicyError, PolicySpec
 from il_policies.policies.bc import BC, BCConfig
+from il_policies.policies.diffusion import Diffusion, DiffusionConfig
 from il_policies.policies.flow import Flow, FlowConfig
 from il_policies.policies.normalize import Normalizer
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = 'model.safetensors', 'policy.json'
-POLICIES = {'bc': (BC, BCConfig), 'flow': (Flow, FlowConfig)}
+POLICIES = {'bc': (BC, BCConfig), 'diffusion': (Diffusion, DiffusionConfig), 'flow': (Flow, FlowConfig)}
 
 
 class CheckpointError(ValueError):
