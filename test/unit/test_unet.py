@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from il_policies.policies.unet import Conv, GroupNorm, TimeEmbedding, UNet, UNetConfig, Upsample
+from il_policies.policies.unet import TIME_SCALE, Conv, GroupNorm, TimeEmbedding, UNet, UNetConfig, Upsample
 
 
 @pytest.mark.parametrize(('kernel_size', 'stride'), [(5, 1), (3, 2), (1, 1)])
@@ -44,6 +46,20 @@ def test_time_embedding_resolves_the_unit_interval():
     embedding = TimeEmbedding(64, torch.nn.SiLU())
     e = embedding(torch.tensor([0.50, 0.51]))
     assert (e[0] - e[1]).norm() > 0.1 * e[0].norm()
+
+
+def test_time_embedding_of_a_diffusion_step_is_the_sinusoid_of_the_integer():
+    """Entry by entry, and in bfloat16 too: its steps would be 4 apart at 1000."""
+    embedding = TimeEmbedding(8, torch.nn.SiLU())
+    embedding.mlp = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    torch.nn.init.eye_(embedding.mlp[0].weight)
+    torch.nn.init.zeros_(embedding.mlp[0].bias)
+    k = torch.tensor([[0, 1, 99], [500, 998, 999]])
+    expected = [[[f(step * 10000 ** (-i / 3)) for f in (math.sin, math.cos) for i in range(4)] for step in row]
+                for row in k.tolist()]
+    torch.testing.assert_close(embedding(k / TIME_SCALE), torch.tensor(expected), rtol=0, atol=2e-4)
+    coarse = embedding.to(torch.bfloat16)(k / TIME_SCALE)
+    torch.testing.assert_close(coarse.float(), torch.tensor(expected), rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize('down_dims', [(16,), (16, 32), (16, 32, 64)])

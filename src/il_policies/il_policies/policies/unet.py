@@ -57,13 +57,13 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, size: int, activation: nn.Module):
         super().__init__()
-        frequencies = torch.exp(torch.linspace(0.0, -math.log(10000.0), size // 2))
-        self.register_buffer('frequencies', frequencies, persistent=False)
+        self.size = size
         self.mlp = nn.Sequential(nn.Linear(size, 4 * size), activation, nn.Linear(4 * size, size))
 
     def forward(self, t: Tensor) -> Tensor:
-        # In float32 whatever the weights are: bfloat16 would round angles of up to 1000 rad by up to 2 rad.
-        angle = TIME_SCALE * t[..., None].float() * self.frequencies.float()
+        # In float32 whatever the weights are, so no buffer: bfloat16 would round angles of up to 1000 rad by up to 2 rad.
+        frequencies = torch.exp(torch.linspace(0.0, -math.log(10000.0), self.size // 2, device=t.device))
+        angle = TIME_SCALE * t[..., None].float() * frequencies
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
