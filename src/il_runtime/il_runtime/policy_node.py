@@ -219,7 +219,10 @@ class PolicyNode(LifecycleNode):
                 self.loading = False
             response.message = response.message or f'{request.checkpoint} plans'
         response.policy = self.brain.policy.hash
-        (self.get_logger().info if response.success else self.get_logger().error)(f'load_policy: {response.message}')
+        if response.success:
+            self.get_logger().info(f'load_policy: {response.message}')
+        else:
+            self.get_logger().error(f'load_policy: {response.message}')
         return response
 
     async def _exchange(self, source: str) -> str:
@@ -276,6 +279,8 @@ class PolicyNode(LifecycleNode):
         seen = 0
         while self.running:
             taken_over = self._take_over(following)
+            if taken_over:  # it has seen nothing before
+                began = None
             with self.lock:
                 brain, status = self.brain, self.status
             now = self.get_clock().now().nanoseconds
