@@ -138,6 +138,23 @@ def export_lerobot(dataset: Annotated[Path, tyro.conf.Positional], out: Path,
                   file=sys.stderr)
 
 
+def export_onnx(checkpoint: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Export the networks of a checkpoint for fast inference: into its folder onnx/, which policy_node and il evaluate then use.
+
+    Args:
+        checkpoint: Checkpoint folder. What comes out is compared with PyTorch before anything is written.
+    """
+    from rich.console import Console
+
+    from il_policies.deploy import FOLDER, export
+
+    with Console(stderr=True).status('exporting'):
+        description = export(checkpoint)
+    errors = ', '.join(f'{error:.1g} ({engine})' for engine, error in description['max_error'].items())
+    print(f'{checkpoint / FOLDER}: {", ".join(description["files"])} of policy {description["policy"]}; '
+          f'normalised actions off by at most {errors}')
+
+
 @contextmanager
 def _bar(what: str) -> Iterator[Callable[[float], None]]:
     """A progress bar on a terminal, to be called with the share that is done."""
@@ -313,7 +330,7 @@ def train(argv: list[str]) -> None:
 
 def evaluate(checkpoint: Annotated[Path, tyro.conf.Positional], task: str, episodes: int | None = None,
              seed: int | None = None, stride: int | None = None, shuffled: bool = False, threads: int = 1,
-             out: Path | None = None) -> None:
+             backend: Literal['auto', 'torch', 'onnxruntime', 'openvino'] = 'auto', out: Path | None = None) -> None:
     """Run a checkpoint in closed loop in a simulated task, without ROS, and print the score.
 
     Args:
@@ -324,16 +341,15 @@ def evaluate(checkpoint: Annotated[Path, tyro.conf.Positional], task: str, episo
         stride: Steps of each chunk that are executed before the next one is planned; none: the task's own.
         shuffled: Show a policy the camera images of other episodes: what it then achieves is chance.
         threads: CPU threads.
+        backend: What runs the networks; auto: the fastest that the checkpoint was exported for (il export onnx), or torch.
         out: JSON file for the full result.
     """
-    import torch
-
-    from il_policies.checkpoint import load
+    from il_policies.deploy import load
     from il_policies.evaluate import evaluate
 
-    torch.set_num_threads(threads)
     given = {'episodes': episodes, 'seed': seed, 'stride': stride, 'shuffled': shuffled or None}
-    result = evaluate(load(checkpoint), task, progress=_percent, **{k: v for k, v in given.items() if v is not None})
+    result = evaluate(load(checkpoint, backend, threads), task, progress=_percent,
+                      **{k: v for k, v in given.items() if v is not None})
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1))
@@ -364,6 +380,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     'import zarr': (import_zarr, 'replay buffer of Diffusion Policy or UMI → dataset'),
     'import lerobot': (import_lerobot, 'LeRobot dataset (v3.0) → dataset'),
     'export lerobot': (export_lerobot, 'dataset → LeRobot dataset (v3.0)'),
+    'export onnx': (export_onnx, 'checkpoint → fast networks for deployment, inside it'),
     'inspect': (inspect, 'bags or dataset → what is in it and whether it is any good'),
     'check': (check, 'contract, robot, bags, dataset, checkpoint → do they fit, and what to do where not'),
     'merge': (merge, 'datasets → one dataset'),
