@@ -129,7 +129,10 @@ class Diffusion(SamplingPolicy):
         return x
 
     def epsilon(self, x: Tensor, k: int, condition: Tensor, guidance: Guidance | None = None) -> Tensor:
-        """The noise in x (B, H, D) at step k, with the correction of RTC; without guidance differentiable in x."""
+        """The noise in x (B, H, D) at step k; without guidance as the network gives it, differentiable in x.
+
+        With guidance it has the correction of RTC, and is the noise that goes with the clipped clean chunk.
+        """
         t = torch.full((len(x),), k / TIME_SCALE, device=x.device)
         if guidance is None:
             return self.net(x, t, condition)
@@ -145,7 +148,10 @@ class Diffusion(SamplingPolicy):
         # The identity stands for the Jacobian on the straight path, on which the guidance is defined.
         tau = self.flow_time(k)
         scale = tau if guidance.mode == 'identity' else math.sqrt(self.alpha_bar[k])
-        return epsilon - scale * guidance_weight(tau, guidance.beta) * g
+        epsilon = epsilon - scale * guidance_weight(tau, guidance.beta) * g
+        # Of a clean chunk that is pushed beyond the clip only the change of ε would be left, which pushes it the other way.
+        signal, noise = math.sqrt(self.alpha_bar[k]), math.sqrt(1.0 - self.alpha_bar[k])
+        return (x - signal * self._clip(self._clean(x, epsilon, k))) / noise
 
     def _clean(self, x: Tensor, epsilon: Tensor, k: int) -> Tensor:
         return (x - math.sqrt(1.0 - self.alpha_bar[k]) * epsilon) / math.sqrt(self.alpha_bar[k])
