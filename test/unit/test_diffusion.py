@@ -111,7 +111,7 @@ def test_ddim_follows_the_exact_flow_of_a_gaussian():
 def test_exact_score_gives_the_distribution(sampler):
     """Two modes, 30 % and 70 %: weights, means and widths within four standard errors, and 2 % of steps of finite length."""
     torch.manual_seed(0)
-    policy = make_diffusion(sampler=sampler, inference_steps=300, train_steps=300, clip_sample=5.0)
+    policy = make_diffusion(sampler=sampler, inference_steps=500, train_steps=500, clip_sample=5.0)
     policy.net = MixtureNoise(policy, [-0.6, 0.5], [0.3, 0.7], 0.1)
     x = policy.predict({'state': torch.zeros(500, 2, 2)}, noise=torch.randn(500, 8, 3)).flatten()
     n = len(x)
