@@ -106,8 +106,7 @@ class Policy(nn.Module):
                                   f'must be (B, {self.spec.history}, {", ".join(map(str, shape))})')
             if (value.dtype == torch.uint8) != (name in self.spec.images):
                 raise PolicyError(f'{self.kind}: feature {name!r} is {value.dtype}; images must be uint8, all else not')
-        # Clamped: an entry that hardly moved in the demonstrations would drown all others when it is off live.
-        lowdim = [self.normalizer.normalize(name, observation[name]).clamp(-2.0, 2.0) for name in self.spec.lowdim]
+        lowdim = [self.normalizer.bounded(name, observation[name]) for name in self.spec.lowdim]
         parts = [torch.cat(lowdim, dim=-1).flatten(1)] if lowdim else []
         parts += [encoder(observation[name]) for name, encoder in zip(self.spec.images, self.encoders)]
         return torch.cat(parts, dim=-1)
