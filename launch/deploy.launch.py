@@ -23,6 +23,7 @@ from il_runtime.launching import (
     policy,
     rviz,
     teleop,
+    this_machine_only,
     visualizer,
 )
 
@@ -35,6 +36,7 @@ def generate_launch_description() -> LaunchDescription:
     apart = [('controller/status', [seat, '/status']), ('chunks', IfElseSubstitution(shadow, 'shadow/chunks', 'chunks'))]
     shown = [*apart, ('command', IfElseSubstitution(shadow, 'shadow/command', 'command'))]
     return LaunchDescription([
+        this_machine_only(),
         *arguments(namespace='', robot='', contract='', drivers='', params_file='', use_sim_time='false', checkpoint=None,
                    stride='8', speed_scale='20.0', teleop='none', flight='flight', visualizer='true', mcap='', rviz='false'),
         argument('shadow', 'false', 'only show what the policy would do, on shadow/command, while a human moves the arm by hand, '

@@ -31,6 +31,7 @@ from il_runtime.launching import (
     recorder,
     rviz,
     teleop,
+    this_machine_only,
     visualizer,
 )
 
@@ -55,6 +56,7 @@ def generate_launch_description() -> LaunchDescription:
     states, commands = spawner('joint_state_broadcaster'), spawner(LaunchConfiguration('controller'))
 
     return LaunchDescription([
+        this_machine_only(),
         *arguments(namespace='', robot='so101', contract='', params_file='', speed_scale='100.0', checkpoint='', stride='8',
                    teleop='none', bags='', flight='', visualizer='false', mcap='', rviz='false'),
         argument('headless', 'false', 'no window; the camera is rendered off-screen (EGL)', FLAG),

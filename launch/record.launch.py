@@ -9,12 +9,13 @@ With keys instead of services, and a line that says how things are: ros2 run il_
 """
 from launch import LaunchDescription
 
-from il_runtime.launching import argument, arguments, arm, ours, teleop, text
+from il_runtime.launching import argument, arguments, arm, ours, teleop, text, this_machine_only
 
 
 def generate_launch_description() -> LaunchDescription:
     """Arguments, then the nodes of one arm in its namespace."""
     return LaunchDescription([
+        this_machine_only(),
         *arguments(namespace='', robot='', contract='', params_file='', use_sim_time='false', bags='bags', teleop='none'),
         argument('task', '', 'what is done, in words, where whoever starts an episode does not say'),
         arm(

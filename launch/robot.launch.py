@@ -8,12 +8,13 @@ record.launch.py records demonstrations beside it; deploy.launch.py takes its pl
 """
 from launch import LaunchDescription
 
-from il_runtime.launching import arguments, arm, controller, drivers, flight_recorder, rviz, teleop, visualizer
+from il_runtime.launching import arguments, arm, controller, drivers, flight_recorder, rviz, teleop, this_machine_only, visualizer
 
 
 def generate_launch_description() -> LaunchDescription:
     """Arguments, then the nodes of one arm in its namespace."""
     return LaunchDescription([
+        this_machine_only(),
         *arguments(namespace='', robot='', contract='', drivers='', params_file='', use_sim_time='false', speed_scale='20.0',
                    teleop='none', flight='flight', visualizer='true', mcap='', rviz='false'),
         arm(

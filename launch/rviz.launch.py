@@ -9,7 +9,7 @@ from launch.conditions import IfCondition
 from launch.substitutions import Command, FindExecutable, LaunchConfiguration
 from launch_ros.parameter_descriptions import ParameterValue
 
-from il_runtime.launching import CONFIG, FLAG, FRAMES, argument, arguments, find_contract, needs, node
+from il_runtime.launching import CONFIG, FLAG, FRAMES, argument, arguments, find_contract, needs, node, this_machine_only
 
 # In the file that RViz reads they begin at the root.
 SHOWN = [('/visualization', 'visualization'), ('/robot_description', 'robot_description')]
@@ -20,6 +20,7 @@ def generate_launch_description() -> LaunchDescription:
     described = IfCondition(LaunchConfiguration('description'))
     urdf = Command([FindExecutable(name='il'), ' urdf "', LaunchConfiguration('contract'), '"'])
     return LaunchDescription([
+        this_machine_only(),
         *arguments(namespace='', use_sim_time='false'),
         argument('rviz_config', str(CONFIG / 'rviz' / 'il.rviz'), 'path of the file that says what RViz shows'),
         argument('frame', 'base_link', 'frame that stands still in RViz: the root link of the arm'),

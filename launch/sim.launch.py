@@ -23,6 +23,7 @@ from il_runtime.launching import (
     rviz,
     teleop,
     text,
+    this_machine_only,
     visualizer,
 )
 
@@ -30,6 +31,7 @@ from il_runtime.launching import (
 def generate_launch_description() -> LaunchDescription:
     """Arguments, then the nodes of one arm in its namespace."""
     return LaunchDescription([
+        this_machine_only(),
         *arguments(namespace='', robot='so101', contract='', params_file='', speed_scale='100.0', checkpoint='', stride='8',
                    teleop='none', bags='', flight='', visualizer='false', mcap='', rviz='false'),
         argument('task', 'auto', 'reach_around: the SO-101, a pillar and a goal; none: the arm alone; auto: the task if the '

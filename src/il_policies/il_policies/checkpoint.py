@@ -108,7 +108,7 @@ def load(path: str | Path) -> Policy:
         raise CheckpointError(f'{path}: no readable checkpoint ({DESCRIPTION} and {WEIGHTS}): {error}') from None
     try:
         description = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f'{path / DESCRIPTION}: not JSON: {error}') from None
     if not isinstance(description, dict) or description.get('format') != FORMAT:
         found = description.get('format') if isinstance(description, dict) else type(description).__name__
@@ -118,17 +118,18 @@ def load(path: str | Path) -> Policy:
     if _hash(description) != description.get('hash'):
         raise CheckpointError(f'{path / DESCRIPTION}: damaged or edited: its content does not match its hash')
     kind = description.get('kind')
-    if kind not in POLICIES:
+    if not isinstance(kind, str) or kind not in POLICIES:
         raise CheckpointError(f'{path / DESCRIPTION}: policy kind is {kind!r}; valid: {", ".join(POLICIES)}')
     policy_type, config_type = POLICIES[kind]
     try:
         spec = from_dict(PolicySpec, description['spec'], 'spec')
         config = from_dict(config_type, description['config'], 'config')
-        policy = policy_type(spec, config, Normalizer(description['statistics']))
+        statistics = from_dict(dict[str, dict[str, list[float]]], description['statistics'], 'statistics')
+        policy = policy_type(spec, config, Normalizer(statistics))
         policy.load_state_dict(load_tensors(weights))
-    except (PolicyError, ContractError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        policy.extra = from_dict(dict, description['extra'], 'extra')
+    except (PolicyError, ContractError, SafetensorError, KeyError, RuntimeError, ValueError, MemoryError) as error:
         raise CheckpointError(f'{path}: does not fit this version: {" ".join(str(error).split())}') from None
-    policy.extra = description['extra']
     policy.hash = description['hash']
     return policy.eval().requires_grad_(False)
 

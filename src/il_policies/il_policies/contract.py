@@ -16,6 +16,8 @@ from typing import Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from il_policies.yaml_file import parse
+
 STRICT = {'extra': 'forbid'}
 
 
@@ -289,7 +291,7 @@ def load_yaml(path: str | Path) -> dict:
     """A YAML mapping from a file. Raises ContractError if the file is absent, no YAML, or no mapping."""
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text())
+        data = parse(path.read_text())
     except FileNotFoundError:
         beside = sorted(p.name for p in path.parent.glob('*.yaml')) if path.parent.is_dir() else []
         raise ContractError(f'{path}: no such file' + (f'; beside it: {", ".join(beside)}' if beside else '')) from None

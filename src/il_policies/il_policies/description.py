@@ -29,8 +29,8 @@ def resolve(uri: str) -> Path:
     in the Python distribution of that name. Raises DescriptionError.
     """
     match = PACKAGE_URI.fullmatch(uri)
-    if not match:
-        raise DescriptionError(f'description is {uri!r}, must be package://<package>/<path>')
+    if not match or '..' in match[0].split('/'):  # the name of a stranger's contract stays in the package
+        raise DescriptionError(f'description is {uri!r}, must be package://<package>/<path>, without ..')
     package, path = match.groups()
     names = dict.fromkeys((package, package.replace('-', '_'), package.replace('_', '-')))
     prefixes = [Path(prefix) for prefix in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep) if prefix]

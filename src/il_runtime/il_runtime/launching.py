@@ -13,12 +13,19 @@ from launch.actions import (
     GroupAction,
     IncludeLaunchDescription,
     OpaqueFunction,
+    SetEnvironmentVariable,
     SetLaunchConfiguration,
     Shutdown,
 )
 from launch.conditions import IfCondition
 from launch.launch_description_sources import AnyLaunchDescriptionSource
-from launch.substitutions import LaunchConfiguration, NotEqualsSubstitution, OrSubstitution, PathJoinSubstitution
+from launch.substitutions import (
+    EnvironmentVariable,
+    LaunchConfiguration,
+    NotEqualsSubstitution,
+    OrSubstitution,
+    PathJoinSubstitution,
+)
 from launch_ros.actions import Node, PushRosNamespace, SetParametersFromFile
 from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
@@ -54,6 +61,13 @@ SHARED = {
     'rviz': ('open RViz', FLAG),
 }
 """Argument → what it means with its unit and range, and its choices, float, int, or None for any text."""
+
+
+# --- network ----------------------------------------------------------------------------------------------------------
+def this_machine_only() -> SetEnvironmentVariable:
+    """Nodes are found on this machine only, unless the environment says otherwise (docs/security.md)."""
+    return SetEnvironmentVariable('ROS_AUTOMATIC_DISCOVERY_RANGE',
+                                  EnvironmentVariable('ROS_AUTOMATIC_DISCOVERY_RANGE', default_value='LOCALHOST'))
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from il_policies.bags.storage import ZSTD_MAGIC, Damaged, Raw, Topic, merged
 from il_policies.bags.types import type_store
 from il_policies.bags.writer import ABOUT, CONTRACT
 from il_policies.data.errors import BagError
+from il_policies.yaml_file import parse
 
 RECORDING = re.compile(r'(.+)\.(mcap|db3)(\.zstd)?')
 """Names of the files of bags."""
@@ -266,7 +267,7 @@ def _information(path: Path) -> dict:
     """What metadata.yaml says: the content of rosbag2_bagfile_information. Raises BagError E102."""
     file = path / 'metadata.yaml'
     try:
-        information = yaml.safe_load(file.read_text())['rosbag2_bagfile_information']
+        information = parse(file.read_text())['rosbag2_bagfile_information']
         [Path(name) for name in information['relative_file_paths']], _promised(information)
         dict(information.get('custom_data') or {})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -340,6 +341,6 @@ def _unpack(path: Path, unpacked: str) -> str:
 def _custom_data(note: dict[str, str]) -> dict:
     """custom_data of the metadata that rosbag2 keeps inside a file, too."""
     try:
-        return dict(yaml.safe_load(note.get('serialized_metadata', '')).get('custom_data') or {})
+        return dict(parse(note.get('serialized_metadata', '')).get('custom_data') or {})
     except (yaml.YAMLError, AttributeError, TypeError, ValueError):
         return {}

@@ -53,7 +53,7 @@ def _from_definition(name: str, language: str, text: str) -> Typestore:
     try:
         types.register(LANGUAGES[language](text, name))
         types.get_msgdef(name)  # finds out about types within it that are not defined
-    except (TypesysError, KeyError, SyntaxError) as error:
+    except (TypesysError, KeyError, SyntaxError, RecursionError) as error:
         reason = ' '.join(str(error).split())
         raise BagError(f'the bag defines {name} unreadably: {reason[:80]}', 'E104') from None
     return types
@@ -76,7 +76,7 @@ def _from_files(name: str, msg_paths: tuple[Path, ...], distro: str) -> Typestor
 
     try:
         add_definitions(types, name, folder_of)
-    except (BagError, ValueError) as error:
+    except (BagError, ValueError, RecursionError) as error:
         raise BagError(f'the bag does not define {name}, {error}; pass --msg-path with its .msg files', 'E104') from None
     return types
 

@@ -379,13 +379,13 @@ class Dataset:
         try:
             descriptor = os.open(file, os.O_RDONLY)
             try:
+                if not 0 <= begin <= end <= os.fstat(descriptor).st_size:
+                    raise DataError(f'{file}: ends before the image of row {t}; convert its bag again', 'E302')
                 data = os.pread(descriptor, end - begin, begin)
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise DataError(f'{file}: not readable: {error.strerror}', 'E302') from None
-        if len(data) != end - begin:
-            raise DataError(f'{file}: ends before the image of row {t}; convert its bag again', 'E302')
         return data
 
     def report(self, i: int) -> dict:
@@ -471,7 +471,7 @@ def _read_table(folder: Path, meta: dict, names: Iterable[str]) -> dict[str, np.
 def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f'{file}: not readable: {error}', 'E302') from None
     if not isinstance(content, dict):
         raise DataError(f'{file}: not readable: holds no JSON object', 'E302')

@@ -121,7 +121,7 @@ def import_npz(source: str | Path, out: str | Path, mapping: ImportMapping | Non
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise DataError(f'{source}: no such file', 'E401') from None
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, MemoryError, zipfile.BadZipFile) as error:
         raise DataError(f'{source}: not readable as .npz without pickled objects: {error}', 'E401') from None
     return _import(source, arrays, out, mapping, progress)
 
@@ -227,13 +227,16 @@ def _array(arrays: dict, name: str, where: str):
 def _require_whole(array, folder: Path, where: str) -> None:
     """Raises DataError for what zarr reads without a word.
 
-    Absent chunks it reads as zeros, truncated ones of Blosc as whatever is behind them in memory.
+    Pickles it unpickles. Absent chunks it reads as zeros, truncated ones of Blosc as whatever is behind them in memory.
     """
+    compressors = array.compressors if hasattr(array, 'compressors') else (array.compressor,)  # zarr 3, zarr 2
+    for codec in (*compressors, *(array.filters or ())):
+        if getattr(codec, 'codec_id', '') == 'pickle':  # numcodecs runs what is in it; zarr 3 refuses by itself
+            raise DataError(f'{where} is pickled; write it with another codec', 'E401')
     absent = array.nchunks - array.nchunks_initialized
     if absent:
         raise DataError(f'{where} lacks {absent} of {array.nchunks} chunks; copy it again whole, or, if they hold nothing but '
                         'zeros, write them with write_empty_chunks', 'E401')
-    compressors = array.compressors if hasattr(array, 'compressors') else (array.compressor,)  # zarr 3, zarr 2
     sharded = getattr(array, 'shards', None) is not None
     if sharded or not any(type(compressor).__name__.startswith('Blosc') for compressor in compressors):
         return

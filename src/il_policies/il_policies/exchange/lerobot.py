@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Literal
 
 import cv2
@@ -444,6 +445,8 @@ class _Import:
         images = {name: self._frames(name, key, episode, times) if name in self.videos
                   else _embedded(table[key], f'{where}: {key}') for name, key in self.columns.cameras.items()}
         index = meta.pop('index', e)
+        if type(index) is not int or index < 0:
+            raise DataError(f'{where}: index {index!r} of an episode; must be 0 or more', 'E403')
         write_episode(out, index, {name: columns[name] for name in self.info.lowdim}, columns['action'], stamps, filled,
                       images, meta, report)
 
@@ -453,8 +456,8 @@ class _Import:
 
     def _frames(self, name: str, key: str, episode: dict, times: np.ndarray) -> Iterator[bytes]:
         """The frames of an episode, as JPEG files."""
-        file = self.source / self.description['video_path'].format(
-            video_key=key, chunk_index=episode[f'videos/{key}/chunk_index'], file_index=episode[f'videos/{key}/file_index'])
+        file = _place(self.source, self.description['video_path'], video_key=key,
+                      chunk_index=episode[f'videos/{key}/chunk_index'], file_index=episode[f'videos/{key}/file_index'])
         shape = self.info.features[name].shape
         for image in self.videos[name].frames(file, episode[f'videos/{key}/from_timestamp'] + times, 0.25 / self.fps):
             if image.shape != shape:
@@ -529,6 +532,18 @@ class _Import:
         return info, Columns((), others, cameras, tuple(videos)), None
 
 
+def _place(root: Path, template: str, **fields: str | int) -> Path:
+    """The file that a template of info.json names. Raises DataError if it would be outside of the dataset, or names no file."""
+    for _, field, form, conversion in Formatter().parse(template):
+        if field is not None and (field not in fields or conversion or not re.fullmatch(r'(0?\dd)?', form)):
+            raise DataError(f'{root}: info.json names files by {template!r}; valid there: {", ".join(fields)}, as in {DATA}',
+                            'E403')
+    place = template.format(**fields)
+    if os.path.isabs(place) or '..' in Path(place).parts or '\0' in place:
+        raise DataError(f'{root}: info.json names a file outside of the dataset: {place!r}', 'E403')
+    return root / place
+
+
 class _DataReader:
     """Rows of one episode after the other from the data files."""
 
@@ -539,7 +554,7 @@ class _DataReader:
     def episode(self, episode: dict) -> tuple[pa.Table, str]:
         """The rows of an episode, and what errors name. Raises DataError if they are not there."""
         e, T = episode['episode_index'], episode['length']
-        file = self.root / self.template.format(chunk_index=episode['data/chunk_index'], file_index=episode['data/file_index'])
+        file = _place(self.root, self.template, chunk_index=episode['data/chunk_index'], file_index=episode['data/file_index'])
         where = f'{file}, episode {e}'
         with _reading(file):
             if file != self.file:
@@ -695,7 +710,7 @@ def _write_json(file: Path, content: dict) -> None:
 def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f'{file}: not readable: {error}', 'E403') from None
     if not isinstance(content, dict):
         raise DataError(f'{file}: not readable: holds no JSON object', 'E403')

@@ -133,7 +133,7 @@ class VideoReader:
         """Stand before the frame at this time."""
         if file != self._file:
             self.close()
-            self._container, self._file = av.open(str(file)), file
+            self._container, self._file = av.open(str(file), format='mp4'), file  # a playlist names files
             self._container.streams.video[0].thread_type = 'AUTO'
         stream = self._container.streams.video[0]
         self._container.seek(max(0, round(time / stream.time_base)), stream=stream)
