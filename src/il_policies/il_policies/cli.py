@@ -5,6 +5,7 @@ named on stderr; 2: nothing done, one line on stderr says why.
 """
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -357,6 +358,68 @@ def evaluate(checkpoint: Annotated[Path, tyro.conf.Positional], task: str, episo
                     for key, value in result.items() if not isinstance(value, (list, dict))))
 
 
+def replay(bag: Annotated[Path, tyro.conf.Positional], policy: Path, contract: Path | None = None, stride: int = 8, seed: int = 0,
+           threads: int = 1, out: Path | None = None, plot: Path | None = None) -> None:
+    """Play a bag through a policy's live buffers, without ROS: how far is what it plans from what was done?
+
+    Bags of demonstrations and of the flight recorder. Chunks are compared with the actions that il convert would label their
+    times with; the errors, RMS / worst over all chunks, grow with the time ahead.
+
+    Args:
+        bag: Bag to play.
+        policy: Checkpoint folder.
+        contract: Contract of the robot: config/robots/<robot>.yaml. None: the one inside the checkpoint, else the bag.
+        stride: Policy steps from one plan to the next.
+        seed: Seed of the sampler's noise.
+        threads: CPU threads.
+        out: JSON file for all errors, by joint and step.
+        plot: PNG file: what was done with the chunks over it, and the error against the time ahead.
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from il_policies.bags.reader import Bag
+    from il_policies.checkpoint import load
+    from il_policies.contract import load_contract
+    from il_policies.replay import contract_for, table
+    from il_policies.replay import plot as draw
+    from il_policies.replay import replay as play
+
+    torch.set_num_threads(threads)
+    recording, loaded = Bag(bag), load(policy)
+    with Console(stderr=True).status('replaying'):
+        result = play(recording, loaded, load_contract(contract) if contract else contract_for(recording, loaded), stride, seed)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result.to_dict(), indent=1))
+    if plot is not None:
+        draw(result, plot)
+    heading, *rows = table(result)
+    shown = Table(*heading, title=f'{result.bag}, {len(result.starts)} chunks of {loaded.kind} {loaded.hash}: error, RMS / worst')
+    for row in rows:
+        shown.add_row(*row)
+    Console(highlight=False).print(shown)
+    for what, counts in (('kept it from planning', result.not_planned), ('messages that are no samples', result.refused)):
+        if counts:
+            print(f'il: {what}: {", ".join(f"{name} {count}" for name, count in counts.items())}', file=sys.stderr)
+
+
+BENCHMARKS = {
+    'multimodal': 'two equally good ways: who averages them',
+}
+
+
+def bench(argv: list[str]) -> None:
+    """Run a benchmark: a table, JSON and a plot."""
+    if not argv or argv[0] not in BENCHMARKS:
+        print('usage: il bench NAME [--help] …\n\n' + '\n'.join(f'  {name:<12} {what}' for name, what in BENCHMARKS.items()),
+              file=sys.stderr if argv and argv[0] not in ('-h', '--help') else sys.stdout)
+        raise SystemExit(0 if argv and argv[0] in ('-h', '--help') else 2)
+    module = importlib.import_module(f'il_policies.bench.{argv[0]}')
+    tyro.cli(module.run, args=argv[1:], prog=f'il bench {argv[0]}')
+
+
 def urdf(contract: Annotated[Path, tyro.conf.Positional]) -> None:
     """Print the description of a robot, as robot_state_publisher wants it.
 
@@ -387,6 +450,8 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     'split': (split, 'dataset → several, by share or by episode'),
     'train': (train, 'dataset → checkpoint'),
     'evaluate': (evaluate, 'checkpoint → score in a simulated task'),
+    'replay': (replay, 'bag, checkpoint → how far what it would have planned is from what was done'),
+    'bench': (bench, 'benchmarks of the policies: tables, JSON, plots'),
     'urdf': (urdf, 'contract → description of the robot, for robot_state_publisher'),
 }
 HELP = ('usage: il COMMAND [--help] …\n\n'
@@ -407,7 +472,7 @@ def run(argv: Sequence[str]) -> None:
         print(f'il: no command {" ".join(argv[:2])!r}; valid: {", ".join(COMMANDS)}', file=sys.stderr)
         raise SystemExit(2)
     function = COMMANDS[name][0]
-    function(rest) if function in (convert, train) else tyro.cli(function, args=rest, prog=f'il {name}')
+    function(rest) if function in (convert, train, bench) else tyro.cli(function, args=rest, prog=f'il {name}')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
