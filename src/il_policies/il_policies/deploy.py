@@ -82,7 +82,7 @@ def export(path: str | Path) -> dict:
             durable.write(file, _graph(networks(policy)[name], inputs, name))
             files[name] = {'file': file.name, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()}
         description = {'policy': policy.hash, 'files': files, 'torch': torch.__version__, 'max_error': {}}
-        for engine in filter(_installed, ENGINES):
+        for engine in filter(installed, ENGINES):
             error = _difference(policy, _compiled(checkpoint.load(path), temporary, files, engine, 1))
             if not error <= TOLERANCE:
                 raise DeployError(f'{path}: actions by {engine} are {error:.2g} off those by torch (normalised), at most '
@@ -111,7 +111,7 @@ def load(path: str | Path, backend: Literal['auto', 'torch', 'onnxruntime', 'ope
     torch.set_num_threads(threads)
     policy, folder = checkpoint.load(path), Path(path) / FOLDER
     policy.backend = 'torch'
-    engines = list(filter(_installed, ENGINES)) if backend == 'auto' else [backend]
+    engines = list(filter(installed, ENGINES)) if backend == 'auto' else [backend]
     if backend == 'torch' or backend == 'auto' and (not engines or not (folder / DESCRIPTION).exists()):
         return policy
     _require(engines[0])
@@ -222,12 +222,13 @@ def _difference(one: Policy, other: Policy) -> float:
     return worst
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether a Python module, such as an engine, can be imported."""
     return importlib.util.find_spec(module) is not None
 
 
 def _require(*modules: str) -> None:
-    missing = [module for module in modules if not _installed(module)]
+    missing = [module for module in modules if not installed(module)]
     if missing:
         raise DeployError(f'not installed: {", ".join(missing)}; pip install {" ".join(missing)}')
 
