@@ -254,6 +254,9 @@ def test_what_it_cannot_take_is_named():
                            ({'inference_steps': 101}, 'inference_steps is 101'), ({'clip_sample': 0.0}, 'clip_sample is 0.0')):
         with pytest.raises(ValueError, match=message):
             DiffusionConfig(**wrong)
+    ones = {key: [1.0] * 3 for key in ('min', 'max', 'mean', 'std')}
+    with pytest.raises(PolicyError, match='diffusion: normalisation is mean_std; clip_sample needs min_max'):
+        Diffusion(make_spec(), DiffusionConfig(SMALL), Normalizer({'state': ones, 'action': ones}, 'mean_std'))
     policy = make_diffusion()
     with pytest.raises(PolicyError, match='diffusion: noise has shape'):
         policy.predict(STATE, noise=torch.zeros(1, 4, 3))

@@ -206,6 +206,17 @@ def test_prefix_stays_and_the_rest_is_integrated_after_it():
     torch.testing.assert_close(flow.predict(state, noise, guidance=none), flow.predict(state, noise))
 
 
+def test_a_network_is_asked_for_times_of_one_shape():
+    """With guidance of any mode and without: an exported graph has fixed shapes."""
+    for flow, shape in ((committing_flow(rtc_max_delay=3), (1, 8)), (make_flow(), (1,))):
+        asked = []
+        flow.net.register_forward_hook(lambda module, inputs, output, asked=asked: asked.append(tuple(inputs[1].shape)))
+        for mode in (None, *flow.GUIDANCE):
+            guidance = mode and Guidance(torch.zeros(1, 8, 3), torch.ones(8), mode, delay=2)
+            flow.predict({'state': torch.zeros(1, 2, 2)}, guidance=guidance)
+        assert len(asked) >= 30 and set(asked) == {shape}
+
+
 def test_flow_times_have_the_stated_distribution():
     torch.manual_seed(0)
     for sampling, distribution in (('uniform', lambda t: t), ('beta', lambda t: 1 - (1 - t) ** 1.5)):

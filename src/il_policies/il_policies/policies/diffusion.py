@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from il_policies.policies import PolicySpec, SamplingPolicy, masked_mse
+from il_policies.policies import PolicyError, PolicySpec, SamplingPolicy, masked_mse
 from il_policies.policies.guidance import Guidance, correction, guidance_weight
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.transformer import TransformerConfig
@@ -81,6 +81,8 @@ class Diffusion(SamplingPolicy):
     def __init__(self, spec: PolicySpec, config: DiffusionConfig, normalizer: Normalizer):
         """Raises PolicyError for what cannot be built."""
         super().__init__(spec, config, normalizer)
+        if normalizer.mode != 'min_max':
+            raise PolicyError(f'diffusion: normalisation is {normalizer.mode}; clip_sample needs min_max, which bounds actions')
         self.net = self.backbone(time=True)
         self.alpha_bar = squared_cosine(config.train_steps)
         """ā_k of each step k, float64."""

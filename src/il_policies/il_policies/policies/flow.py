@@ -111,7 +111,8 @@ class Flow(SamplingPolicy):
 
     def velocity(self, x: Tensor, tau: float, condition: Tensor, guidance: Guidance | None = None) -> Tensor:
         """Velocity at flow time tau, with the correction of RTC (https://arxiv.org/abs/2506.07339, eq. 2), all normalised."""
-        t = torch.full((len(x),), tau, device=x.device)
+        # A network trained with times of each step is asked with them always: an exported one takes no other shape.
+        t = torch.full(x.shape[:2] if self.config.rtc_max_delay else x.shape[:1], tau, device=x.device)
         if guidance is None:
             return self.net(x, t, condition)
 
