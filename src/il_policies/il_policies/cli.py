@@ -407,6 +407,9 @@ def replay(bag: Annotated[Path, tyro.conf.Positional], policy: Path, contract: P
 
 BENCHMARKS = {
     'multimodal': 'two equally good ways: who averages them',
+    'methods': 'the four policies on reach_around: same data, same budget',
+    'pusht': "human demonstrations, Diffusion Policy's protocol, scores against sampler steps",
+    'inference': 'time of a chunk by PyTorch, ONNX Runtime, OpenVINO',
 }
 
 
