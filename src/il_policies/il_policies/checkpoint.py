@@ -20,6 +20,7 @@ from safetensors.torch import save as save_tensors
 from il_policies import durable
 from il_policies.contract import ContractError, from_dict
 from il_policies.policies import Policy, PolicyError, PolicySpec
+from il_policies.policies.act import ACT, ACTConfig
 from il_policies.policies.bc import BC, BCConfig
 from il_policies.policies.diffusion import Diffusion, DiffusionConfig
 from il_policies.policies.flow import Flow, FlowConfig
@@ -27,7 +28,7 @@ from il_policies.policies.normalize import Normalizer
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = 'model.safetensors', 'policy.json'
-POLICIES = {'bc': (BC, BCConfig), 'diffusion': (Diffusion, DiffusionConfig), 'flow': (Flow, FlowConfig)}
+POLICIES = {'act': (ACT, ACTConfig), 'bc': (BC, BCConfig), 'diffusion': (Diffusion, DiffusionConfig), 'flow': (Flow, FlowConfig)}
 
 
 class CheckpointError(ValueError):
