@@ -248,14 +248,14 @@ def test_the_images_have_the_torch_of_setup_sh():
 
 
 def test_services_have_no_more_rights_than_they_need():
-    assert set(COMPOSE['services']) == {'sim', 'gazebo', 'controller', 'policy', 'train'}
+    assert set(COMPOSE['services']) == {'sim', 'gazebo', 'robot', 'record', 'deploy', 'train'}
     for name, service in COMPOSE['services'].items():
         assert not {'privileged', 'devices', 'pid', 'userns_mode'} & set(service), name
         assert service['cap_drop'] == ['ALL'] and service['security_opt'] == ['no-new-privileges:true']
-        realtime = name in ('sim', 'gazebo', 'controller')
+        realtime = name in ('sim', 'gazebo', 'robot', 'deploy')
         assert service.get('cap_add', []) == (['SYS_NICE'] if realtime else [])
         assert service.get('ulimits', {}).get('rtprio') == (49 if realtime else None)  # the controller asks for 49 at most
-        assert (service.get('network_mode') == 'host') == (service.get('ipc') == 'host') == (name in ('controller', 'policy'))
+        assert (service.get('network_mode') == 'host') == (service.get('ipc') == 'host') == (name in ('robot', 'record', 'deploy'))
         build = service['build']
         assert (DOCKER / build['context'] / build['dockerfile']).is_file() and f'AS {build["target"]}\n' in DOCKERFILE
         assert {argument for argument in build['args'] if argument not in re.findall(r'^ARG (\w+)', DOCKERFILE, re.M)} == set()
@@ -264,18 +264,24 @@ def test_services_have_no_more_rights_than_they_need():
 def test_services_start_what_exists():
     for service in COMPOSE['services'].values():
         command = service.get('command', '')
-        for launched in re.findall(r'ros2 launch il_runtime (\S+)', command):
-            assert (LAUNCH / launched).is_file()
-        for node in re.findall(r'lib/il_runtime/(\w+)', command):
-            assert (ROOT / 'src' / 'il_runtime' / 'il_runtime' / f'{node}.py').is_file()
+        for launched, given in re.findall(r'ros2 launch il_runtime (\S+)(.*)', command):
+            text = (LAUNCH / launched).read_text()
+            for argument in re.findall(r'(\w+):=', given):
+                assert re.search(rf"\b{argument}=|'{argument}'", text), f'{launched} has no argument {argument}'
+    assert {'sim', 'gazebo', 'robot', 'record', 'deploy'} == {
+        launched for service in COMPOSE['services'].values()
+        for launched in re.findall(r'il_runtime (\w+).launch.py', service.get('command', ''))}
 
 
 # --- docs/status.md ---------------------------------------------------------------------------------------------------
 def test_the_status_of_everything_that_may_not_run_here_is_told():
     rows = dict(re.findall(r'^\| `([^`]+)` \| (run|checked|unrun)\b', (ROOT / 'docs' / 'status.md').read_text(), re.MULTILINE))
     contracts = sorted((ROOT / 'config' / 'robots').glob('*.yaml'))
-    files = [*LAUNCH.glob('*.py'), *contracts, *SIM.iterdir(), DOCKER / 'compose.yaml']
-    names = {str(path.relative_to(ROOT)) for path in files} | {'docker/Dockerfile: runtime', 'docker/Dockerfile: train'}
+    rviz = (ROOT / 'config' / 'rviz').iterdir()
+    files = [*LAUNCH.glob('*.py'), *contracts, *SIM.iterdir(), *rviz, DOCKER / 'compose.yaml']
+    stages = {f'docker/Dockerfile: {stage}' for stage in re.findall(r'^FROM .* AS (\w+)$', DOCKERFILE, re.MULTILINE)}
+    sourced = {f'setup.sh: {distribution}' for distribution in ('no ROS', 'Jazzy', 'Kilted', 'Lyrical')}
+    names = {str(path.relative_to(ROOT)) for path in files} | stages | sourced
     assert set(rows) == names
     for path in contracts:
         tried = load_contract(path).tried_on
