@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from il_policies.policies.bc import BC, BCConfig
+from il_policies.policies.transformer import TransformerConfig
 from test_flow import SMALL, make_flow, make_spec, unit_normalizer
 
 
-def make_bc() -> BC:
+def make_bc(**config) -> BC:
     torch.manual_seed(0)
-    return BC(make_spec(), BCConfig(SMALL), unit_normalizer(make_spec())).eval()
+    return BC(make_spec(), BCConfig(SMALL, **config), unit_normalizer(make_spec())).eval()
 
 
 def test_loss_is_the_mean_squared_error_of_the_valid_steps():
@@ -37,9 +39,10 @@ def test_its_network_is_flows_without_the_flow_time():
     assert [name for name in bc if bc[name] != flow[name]] == [name for name in bc if name.endswith('film.weight')]
 
 
-def test_it_learns_a_function():
+@pytest.mark.parametrize('backbone', ['unet', 'transformer'])
+def test_it_learns_a_function(backbone):
     """Chunks a(h) = s·(h+1)/H, with s observed, are learnt from random s."""
-    bc = make_bc()
+    bc = make_bc(backbone=backbone, transformer=TransformerConfig(32, 2, 2))
     ramp = (torch.arange(8) + 1) / 8
     optimizer = torch.optim.Adam(bc.parameters(), lr=3e-3)
     for _ in range(200):

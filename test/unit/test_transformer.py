@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from il_policies import checkpoint
+from il_policies.policies.bc import BC, BCConfig
+from il_policies.policies.diffusion import Diffusion, DiffusionConfig
+from il_policies.policies.flow import Flow, FlowConfig
 from il_policies.policies.transformer import AdaptiveNorm, Block, Transformer, TransformerConfig
+from il_policies.policies.vision import VisionConfig
+from test_flow import make_spec, unit_normalizer
 
 SMALL = TransformerConfig(width=32, layers=2, heads=4, time_size=16)
 
@@ -89,6 +95,29 @@ def test_it_begins_as_zero_and_learns_from_there():
         loss.backward()
         optimizer.step()
     assert loss < 0.1 * target.var()
+
+
+@pytest.mark.parametrize('cameras', [0, 2])
+@pytest.mark.parametrize(('kind', 'config'), [(BC, BCConfig), (Diffusion, DiffusionConfig), (Flow, FlowConfig)])
+def test_every_policy_takes_it_with_any_cameras(kind, config, cameras, tmp_path):
+    """A horizon that the U-Net could not halve; every camera counts; saved and loaded it is the same policy."""
+    images = {f'camera{i}': (16, 16, 3) for i in range(cameras)}
+    spec = make_spec(features={'state': (2,), **images}, horizon=9, history=3)
+    torch.manual_seed(0)
+    policy = kind(spec, config(backbone='transformer', transformer=SMALL, vision=VisionConfig((8,), 8, 16, frames=2)),
+                  unit_normalizer(make_spec()))
+    for p in policy.net.parameters():
+        nn.init.normal_(p, std=0.1)
+    observation = {'state': torch.rand(4, 3, 2),
+                   **{name: torch.randint(0, 256, (4, 3, *shape), dtype=torch.uint8) for name, shape in images.items()}}
+    valid = torch.arange(9)[None] < torch.tensor([9, 1, 4, 6])[:, None]
+    policy.loss({'observation': observation, 'action': torch.randn(4, 9, 3), 'valid': valid})['loss'].backward()
+    assert len(policy.encoders) == cameras and all(p.grad.abs().sum() > 0 for p in policy.encoders.parameters())
+    checkpoint.save(tmp_path / 'policy', policy, {})
+    noise = torch.randn(4, 9, 3)
+    chunk = policy.eval().predict(observation, noise=noise)
+    assert chunk.shape == (4, 9, 3)
+    torch.testing.assert_close(checkpoint.load(tmp_path / 'policy').predict(observation, noise=noise), chunk)
 
 
 @pytest.mark.parametrize(('wrong', 'message'), [({'width': 30}, 'width 30 must be a positive multiple of heads, 4'),
