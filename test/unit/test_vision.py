@@ -1,13 +1,28 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageEnhance
+from safetensors.torch import save_file
 
 from il_policies.policies import PolicyError
 from il_policies.policies.bc import BC, BCConfig
 from il_policies.policies.flow import Flow, FlowConfig
-from il_policies.policies.vision import ImageEncoder, VisionConfig, shifted, spatial_softmax
+from il_policies.policies.vision import (
+    ImageEncoder,
+    ImageTokens,
+    ResNet18,
+    VisionConfig,
+    cropped,
+    load_pretrained,
+    recoloured,
+    shifted,
+    spatial_softmax,
+)
 from test_flow import SMALL, make_spec, unit_normalizer
 
 TINY = VisionConfig(channels=(8,), keypoints=4, size=8)
@@ -139,6 +154,142 @@ def test_what_it_cannot_take_is_named():
     with pytest.raises(PolicyError, match='vision.frames is 3, must be at most the history, 2'):
         make_policy(Flow, vision=VisionConfig(frames=3))
     for wrong, message in (({'channels': (12,)}, 'multiples of groups'), ({'channels': ()}, 'channels'),
-                           ({'shift': -1}, 'shift')):
+                           ({'shift': -1}, 'shift'), ({'crop': 0.0}, 'crop is 0.0'), ({'contrast': 1.5}, 'contrast 1.5'),
+                           ({'norm': 'frozen_batch'}, "with network 'small'")):
         with pytest.raises(ValueError, match=message):
             VisionConfig(**wrong)
+
+
+def resnet_weights() -> dict[str, torch.Tensor]:
+    """Weights by a formula, under torchvision's names and with what else its files hold."""
+    shapes = {'conv1.weight': (64, 3, 7, 7), 'bn1': 64, 'fc.weight': (1000, 512), 'fc.bias': (1000,)}
+    for i, (a, b) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512)), start=1):
+        shapes |= {f'layer{i}.0.conv1.weight': (b, a, 3, 3), f'layer{i}.0.bn1': b, f'layer{i}.0.conv2.weight': (b, b, 3, 3),
+                   f'layer{i}.0.bn2': b, f'layer{i}.1.conv1.weight': (b, b, 3, 3), f'layer{i}.1.bn1': b,
+                   f'layer{i}.1.conv2.weight': (b, b, 3, 3), f'layer{i}.1.bn2': b}
+        if a != b:
+            shapes |= {f'layer{i}.0.downsample.0.weight': (b, a, 1, 1), f'layer{i}.0.downsample.1': b}
+
+    def numbers(name, shape):
+        n = int(np.prod(shape))
+        return torch.from_numpy(np.modf(np.sin(12.9898 * np.arange(n) + len(name)) * 43758.5453)[0].reshape(shape)).float()
+
+    weights = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, tuple):
+            fan = int(np.prod(shape[1:])) if len(shape) > 1 else 1
+            weights[name] = numbers(name, shape) * (6 / fan) ** 0.5
+        else:
+            for part, about, spread in (('weight', 1.0, 0.2), ('bias', 0.0, 0.1), ('running_mean', 0.0, 0.1),
+                                        ('running_var', 1.5, 0.5)):
+                weights[f'{name}.{part}'] = about + spread * numbers(f'{name}.{part}', (shape,))
+            weights[f'{name}.num_batches_tracked'] = torch.tensor(7)
+    return weights
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_resnet18_is_torchvisions(suffix, tmp_path):
+    """The numbers at the end are those of torchvision 0.28's resnet18 with these weights, without avgpool and fc."""
+    file = tmp_path / f'resnet18{suffix}'
+    (torch.save if suffix == '.pth' else save_file)(resnet_weights(), file)
+    network = ResNet18('frozen_batch').train()  # frozen in training too
+    network.load_pretrained(file)
+    x = torch.sin(0.013 * torch.arange(2 * 3 * 70 * 90)).reshape(2, 3, 70, 90)
+    with torch.no_grad():
+        maps = network(x)
+    assert maps.shape == (2, 512, 3, 3) == (2, 512, *VisionConfig(network='resnet18').map_shape(70, 90))
+    found = torch.stack([maps.mean(), maps.std(), *maps[0, :4, 1, 1], *maps[1, 300:304, 2, 0]])
+    expected = torch.tensor([0.458519, 0.55769, 1.178937, 0.752908, 0.03346, 0.0, 0.096853, 0.108709, 1.806616, 0.303662])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not [name for name, _ in network.named_parameters() if 'bn' in name or 'downsample.1' in name], 'nothing to train'
+
+
+class Attack:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    file = tmp_path / 'w.pth'
+    with pytest.raises(ValueError, match='w.pth: no weights can be read'):
+        ResNet18('frozen_batch').load_pretrained(file)
+    torch.save({'conv1.weight': Attack(tmp_path / 'canary')}, file)
+    with pytest.raises(ValueError, match='w.pth: no weights can be read'):
+        ResNet18('frozen_batch').load_pretrained(file)
+    assert not (tmp_path / 'canary').exists(), 'a file of weights runs no code'
+    torch.save({'conv1.weight': torch.zeros(64, 3, 7, 7)}, file)
+    with pytest.raises(ValueError, match='w.pth: is no resnet18: .*bn1.weight'):
+        ResNet18('frozen_batch').load_pretrained(file)
+    torch.save([1, 2], file)
+    with pytest.raises(ValueError, match='holds a list'):
+        ResNet18('frozen_batch').load_pretrained(file)
+    with pytest.raises(ValueError, match='need norm frozen_batch; it is group'):
+        ResNet18('group').load_pretrained(file)
+    with pytest.raises(ValueError, match='for network resnet18; it is small'):
+        load_pretrained([ImageEncoder(TINY)], file)
+
+
+def test_resnet18_from_scratch_is_trained_whole():
+    torch.manual_seed(0)
+    encoder = ImageEncoder(VisionConfig(network='resnet18', keypoints=4, size=8))
+    out = encoder(pictures(2, h=40, w=64))
+    out.square().sum().backward()
+    assert out.shape == (2, 8) and not list(encoder.maps[0].buffers())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
+    encoder.eval()
+    images = pictures(3, h=40, w=64)
+    torch.testing.assert_close(encoder(images)[1:2], encoder(images[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_are_the_places_of_the_maps_row_by_row():
+    torch.manual_seed(0)
+    tokens = ImageTokens(VisionConfig(channels=(8, 16), frames=2), (24, 31), 12).eval()
+    images = pictures(3, h=24, w=31)
+    found = tokens(images).view(3, 2, *tokens.shape, 12)
+    assert tokens.shape == (6, 8) and tokens(images).shape == (3, tokens.size)
+    maps = tokens.features(images).view(3, 2, 12, 6, 8)
+    torch.testing.assert_close(found[2, 1, 4, 7], maps[2, 1, :, 4, 7])
+
+
+def test_crops_are_in_the_middle_or_anywhere_alike_within_a_window():
+    torch.manual_seed(0)
+    images, found = pictures(80, h=10, w=12), set()
+    torch.testing.assert_close(cropped(images, 8, 8, random=False), images[:, :, 1:9, 2:10])
+    for window, result in zip(images, cropped(images, 8, 9, random=True)):
+        places = [(y, x) for y in range(3) for x in range(4) if torch.equal(window[:, y:y + 8, x:x + 9], result)]
+        assert len(places) == 1, 'one place for both images of a window'
+        found.add(places[0])
+    assert found == {(y, x) for y in range(3) for x in range(4)}, 'every place occurs'
+    encoder = ImageEncoder(VisionConfig(channels=(8,), keypoints=4, size=8, crop=0.75, shift=0))
+    assert encoder.config.cropped_shape(24, 32) == (18, 24)
+    assert not torch.equal(encoder(images), encoder(images))
+    encoder.eval()
+    other = images.clone()
+    other[:, :, :1] = other[:, :, :, -1:] = 0
+    torch.testing.assert_close(encoder(images), encoder(other))
+
+
+@pytest.mark.parametrize('factors', [(0.6, 1.0, 1.0), (1.5, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.7, 1.0), (1.0, 1.0, 0.2),
+                                     (1.0, 1.0, 1.9), (1.2, 0.8, 1.3)])
+def test_colours_change_as_in_pillow(factors):
+    """Which rounds to whole levels after each of the three."""
+    images = pictures(2, T=1)
+    mine = recoloured(images.float(), *(torch.tensor([1.0, factor]) for factor in factors))
+    torch.testing.assert_close(mine[0], images[0].float(), msg='factors of 1 change nothing')
+    expected = Image.fromarray(images[1, 0].numpy())
+    for kind, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors):
+        expected = kind(expected).enhance(factor)
+    np.testing.assert_allclose(mine[1, 0].numpy(), np.asarray(expected, np.float32), atol=3.0)
+
+
+def test_colours_change_in_training_only():
+    torch.manual_seed(0)
+    encoder, images = ImageEncoder(VisionConfig(channels=(8,), keypoints=4, size=8, shift=0, brightness=0.3)), pictures(3)
+    assert not torch.equal(encoder(images), encoder(images))
+    encoder.eval()
+    assert torch.equal(encoder(images), encoder(images))
