@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import yaml
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import Point, PointStamped
 from il_msgs.msg import ActionChunk, ControllerStatus
 from il_msgs.srv import LoadPolicy
+from rcl_interfaces.srv import SetParameters
+from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
@@ -190,6 +191,19 @@ def test_policies_are_exchanged_in_motion_under_new_epochs(node, nodes, tmp_path
     arm.assert_within_limits()
     assert_one_policy_an_epoch(chunks)
 
+    # What the two say of the time from an observation on fits together, and that the arm has run out of chunks shows.
+    wait_for(lambda: len([array for array in arm.diagnostics if 'control loop' in array.status[0].name]) > 3, what='diagnostics')
+    told = {}
+    for array in arm.diagnostics:
+        for status in array.status:
+            told |= {pair.key: pair.value for pair in status.values}
+    published, commanded, waited = (float(told[f'{name} p50 / p90 / p99 / max'].split()[0]) for name in (
+        'capture to published', 'observation to first command', 'chunk received to first command'))
+    assert 0 < published < commanded < published + 100 and 0 <= waited < 25
+    nodes.stop('policy_node')
+    wait_for(lambda: any(status.level == DiagnosticStatus.WARN and 'starved' in status.message
+                         for array in arm.diagnostics for status in array.status), what='a controller that is starved')
+
 
 def assert_one_policy_an_epoch(chunks: list[ActionChunk]) -> None:
     """But for the last chunk of an epoch, which made the controller begin the next one."""
@@ -199,17 +213,29 @@ def assert_one_policy_an_epoch(chunks: list[ActionChunk]) -> None:
         assert len(changes) <= 1 and (not changes or changes[0] >= len(policies) - 2), policies
 
 
-@pytest.mark.parametrize(('when', 'least_horizon', 'gap'), [('continuous', 8, (0.0, 0.09)), ('horizon', 10, (0.4, 0.7))])
-def test_when_to_plan(node, nodes, tmp_path, when, least_horizon, gap):
-    nodes.start('policy_node', contract=CONTRACT, checkpoint=save_policy(tmp_path / 'policy'), plan_when=when, nice=0,
-                rtc='identity', least_horizon=least_horizon)
+def set_parameters(node, **values) -> list[str]:
+    """Ask the planner for these; why it refuses any."""
+    parameters = [Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
+    answer = call(node, SetParameters, 'policy/set_parameters', SetParameters.Request(parameters=parameters))
+    return [result.reason for result in answer.results if not result.successful]
+
+
+def test_when_to_plan(node, nodes, tmp_path):
+    """Changed while it plans: by stride, by the horizon that remains, as fast as it can."""
+    nodes.start('policy_node', contract=CONTRACT, checkpoint=save_policy(tmp_path / 'policy'), stride=3, nice=0, rtc='identity')
     streams = Streams(node)
     node.create_publisher(String, 'instruction', STATUS_QOS).publish(String(data='put it down'))
     wait_for(lambda: streams.diagnostics, 40, 'diagnostics')
     streams.follow(1)
-    wait_for(lambda: len(streams.chunks) > 6, what='chunks')
-    stamps = np.array([nanoseconds(chunk.start) for chunk in streams.chunks[:7]]) * 1e-9
-    assert gap[0] < np.median(np.diff(stamps)) < gap[1]  # horizon: (16 - 1 - 10) · 0.1 s
+    for values, low, high in (({}, 0.25, 0.35), ({'plan_when': 'horizon', 'least_horizon': 10}, 0.45, 0.65),  # 15 - 10 steps
+                              ({'plan_when': 'continuous'}, 0.015, 0.09)):
+        assert not values or set_parameters(node, **values) == []
+        count = len(streams.chunks) + 1
+        wait_for(lambda count=count: len(streams.chunks) > count + 5, what=f'chunks with {values}')
+        stamps = np.array([nanoseconds(chunk.start) for chunk in streams.chunks[count:count + 6]]) * 1e-9
+        assert low < np.median(np.diff(stamps)) < high, values
+    assert set_parameters(node, plan_when='often') == ["plan_when is 'often'; valid: stride, continuous, horizon"]
+    assert 'must be less than the horizon of the policy, 16' in set_parameters(node, plan_when='horizon', least_horizon=16)[-1]
     wait_for(lambda: streams.shown(0, DiagnosticStatus.WARN, ['rtc is identity', 'should be latest']), what='a warning')
     assert {pair.key: pair.value for pair in streams.diagnostics[-1][1].values}['instruction'] == 'put it down'
 

@@ -11,6 +11,7 @@ from builtin_interfaces.msg import Duration
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from il_msgs.msg import ActionChunk, ControllerStatus
 from il_msgs.srv import LoadPolicy
+from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration as Span
@@ -69,9 +70,9 @@ class PolicyNode(LifecycleNode):
         declare(self, 'contract', '', "the robot's contract, a YAML file")
         declare(self, 'checkpoint', '', 'folder written by il train')
         declare(self, 'plan_when', 'stride', 'stride: every `stride` policy steps; continuous: as fast as it can; '
-                'horizon: when less than `least_horizon` steps of the last chunk remain')
-        declare(self, 'stride', 8, 'policy steps between plans', 1, 1000)
-        declare(self, 'least_horizon', 8, 'policy steps, see plan_when', 1, 1000)
+                'horizon: when less than `least_horizon` steps of the last chunk remain; live', read_only=False)
+        declare(self, 'stride', 8, 'policy steps between plans; live', 1, 1000, read_only=False)
+        declare(self, 'least_horizon', 8, 'policy steps, see plan_when; live', 1, 1000, read_only=False)
         declare(self, 'noise', 'warm_start', f'noise of each new chunk: {", ".join(NOISE)}')
         declare(self, 'tau', 0.5, 'warm start: from where the previous chunk is denoised anew; 0 = pure noise', 0.0, 0.99)
         declare(self, 'rtc', 'off', f'real-time chunking, the new chunk continues the previous one: {", ".join(RTC)}; '
@@ -88,11 +89,8 @@ class PolicyNode(LifecycleNode):
     @loud
     def on_configure(self, _state) -> TransitionCallbackReturn:
         """Load, check, warm up."""
-        value = self._value
-        torch.set_num_threads(value('threads'))
-        if value('plan_when') not in PLAN_WHEN:
-            raise ValueError(f'plan_when is {value("plan_when")!r}; valid: {", ".join(PLAN_WHEN)}')
-        self.contract = load_contract(value('contract'))
+        torch.set_num_threads(self._value('threads'))
+        self.contract = load_contract(self._value('contract'))
         self.lock = threading.RLock()  # over observers and status, between callbacks and the planning thread
         self.status: ControllerStatus | None = None
         self.running, self.loading, self.instruction = False, False, ''
@@ -101,7 +99,7 @@ class PolicyNode(LifecycleNode):
         self.planned = 0.0  # when the last chunk was published: monotonic [s]
         self.count, self.shown, self.told = 0, None, 0.0
         self._forget_durations()
-        self.brain = self._load(value('checkpoint'))
+        self.brain = self._load(self._value('checkpoint'))
         self.subscribed: set[str] = set()
         self._subscribe(self.brain)
         self.create_subscription(ControllerStatus, 'controller/status', self._on_status, STATUS_QOS)
@@ -110,6 +108,7 @@ class PolicyNode(LifecycleNode):
         # Steady: a stalled /clock must not silence the node. A group that lets others in: an answer waits for its policy.
         self.create_timer(0.1, self._look_around, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self.create_service(LoadPolicy, '~/load_policy', self._on_load, callback_group=ReentrantCallbackGroup())
+        self.add_on_set_parameters_callback(self._on_parameters)
         back = JumpThreshold(min_forward=None, min_backward=Span(nanoseconds=-1), on_clock_change=False)
         self._jumps = self.get_clock().create_jump_callback(back, post_callback=lambda _: self._on_jump_back())
         # Last, so that who sees a publisher of chunks finds a planner that is ready. Its lifespan stays that of the first
@@ -139,6 +138,7 @@ class PolicyNode(LifecycleNode):
         for entity, destroy in entities(self).items():
             if entity not in self.permanent:
                 destroy(entity)
+        self.remove_on_set_parameters_callback(self._on_parameters)
         self._jumps.unregister()
         return super().on_cleanup(state)
 
@@ -158,9 +158,7 @@ class PolicyNode(LifecycleNode):
         if mismatches:
             raise ValueError(f'{source} was trained for another robot: ' + '; '.join(mismatches))
         spec = policy.spec
-        if self._value('plan_when') == 'horizon' and self._value('least_horizon') >= spec.horizon:
-            raise ValueError(f'least_horizon is {self._value("least_horizon")}, must be less than the horizon of {source}, '
-                             f'{spec.horizon}')
+        _check_when(self._value('plan_when'), self._value('least_horizon'), spec.horizon)
         planner = Planner(policy, *(self._value(name) for name in ('noise', 'tau', 'seed', 'rtc')))
         # The first pass through a network is the slowest; it must not be the first of an episode.
         planner.warm_up()
@@ -198,6 +196,16 @@ class PolicyNode(LifecycleNode):
 
     def _on_instruction(self, message: String) -> None:
         self.instruction = message.data
+
+    def _on_parameters(self, parameters) -> SetParametersResult:
+        """Live ones take effect with the next chunk."""
+        new = {parameter.name: parameter.value for parameter in parameters}
+        try:
+            _check_when(*(new.get(name, self._value(name)) for name in ('plan_when', 'least_horizon')),
+                        self.brain.policy.spec.horizon)
+        except ValueError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
 
     def _on_jump_back(self) -> None:
         with self.lock:
@@ -409,6 +417,14 @@ class PolicyNode(LifecycleNode):
             return DiagnosticStatus.WARN, (f'rtc is {brain.planner.rtc}, but the controller blends chunks: its ensembling is '
                                            f'{status.ensembling}, should be latest')
         return DiagnosticStatus.OK, 'planning'
+
+
+def _check_when(plan_when: str, least_horizon: int, horizon: int) -> None:
+    """Raises ValueError for an unknown mode, or one that would plan all the time without being asked to."""
+    if plan_when not in PLAN_WHEN:
+        raise ValueError(f'plan_when is {plan_when!r}; valid: {", ".join(PLAN_WHEN)}')
+    if plan_when == 'horizon' and least_horizon >= horizon:
+        raise ValueError(f'least_horizon is {least_horizon}, must be less than the horizon of the policy, {horizon}')
 
 
 def main() -> None:
