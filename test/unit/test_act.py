@@ -214,3 +214,15 @@ def test_what_it_cannot_do_is_named():
                            ({'kl_weight': -1.0}, 'at least 0')):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(TINY, **wrong)
+
+
+def test_network_and_encoders_export_for_any_batch():
+    """A batch that is looked at by `len` would be fixed in the exported network."""
+    act = make_act({'features': {'state': (2,), 'front': (24, 32, 3)}}, decoder_layers=2).requires_grad_(False)
+    any_batch = {0: torch.export.Dim('batch', max=64)}
+    image = make_batch(front=(24, 32))['observation']['front']
+    for module, given in ((act.net, (torch.randn(5, act.condition_size), torch.randn(5, 4))), (act.encoders[0], (image,))):
+        exported = torch.export.export(module, given, dynamic_shapes=tuple(any_batch for _ in given)).module()
+        for n in (1, 3):
+            few = [value[:n] for value in given]
+            torch.testing.assert_close(exported(*few), module(*few))

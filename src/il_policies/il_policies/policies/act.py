@@ -81,7 +81,7 @@ class Attention(nn.Module):
         if memory is None:
             memory, memory_positions = x, positions
         # Queries that depend on no observation are projected once, not for each of the B: constant in an exported network.
-        q = self.query(x + positions).expand(len(memory), -1, -1)
+        q = self.query(x + positions).expand(memory.shape[0], -1, -1)
         k, v = self.key(memory + memory_positions), self.value(memory)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, ·, d/heads)
         mask = None if keep is None else keep[:, None, None, :]

@@ -214,7 +214,7 @@ class ImageEncoder(Camera):
         return self.config.frames * self.config.size
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.project(spatial_softmax(self.features(images))).view(len(images), self.size)
+        return self.project(spatial_softmax(self.features(images))).view(images.shape[0], self.size)
 
 
 class ImageTokens(Camera):
