@@ -255,7 +255,8 @@ def test_services_have_no_more_rights_than_they_need():
         realtime = name in ('sim', 'gazebo', 'robot', 'deploy')
         assert service.get('cap_add', []) == (['SYS_NICE'] if realtime else [])
         assert service.get('ulimits', {}).get('rtprio') == (49 if realtime else None)  # the controller asks for 49 at most
-        assert (service.get('network_mode') == 'host') == (service.get('ipc') == 'host') == (name in ('robot', 'record', 'deploy'))
+        on_host = name in ('robot', 'record', 'deploy')
+        assert (service.get('network_mode') == 'host') == (service.get('ipc') == 'host') == on_host
         build = service['build']
         assert (DOCKER / build['context'] / build['dockerfile']).is_file() and f'AS {build["target"]}\n' in DOCKERFILE
         assert {argument for argument in build['args'] if argument not in re.findall(r'^ARG (\w+)', DOCKERFILE, re.M)} == set()
