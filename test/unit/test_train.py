@@ -1,6 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,14 +15,35 @@ import pytest
 import torch
 
 from il_policies import checkpoint
+from il_policies.contract import ContractError
 from il_policies.data.errors import DataError
 from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode
+from il_policies.data.windows import Windows
 from il_policies.policies import PolicyError
+from il_policies.policies.act import ACTConfig
+from il_policies.policies.bc import BCConfig
+from il_policies.policies.diffusion import DiffusionConfig
+from il_policies.policies.flow import FlowConfig
 from il_policies.policies.unet import UNetConfig
 from il_policies.policies.vision import VisionConfig
-from il_policies.train import TrainConfig, TrainError, budget_spent, choose_episodes, learning_rate, train
+from il_policies.train import (
+    SharedDraws,
+    TrainConfig,
+    TrainError,
+    budget_spent,
+    choose_episodes,
+    learning_rate,
+    load_preset,
+    make_optimizer,
+    make_policy,
+    split_episodes,
+    train,
+    validation_loss,
+)
 
+ROOT = Path(__file__).parents[2]
 SMALL = UNetConfig((16, 32), activation='silu')
+TINY_ACT = ACTConfig(width=32, heads=2, feedforward=64, encoder_layers=1, vae_layers=1, latent=4)
 
 
 def quiet(spent, step, loss):
@@ -41,10 +69,11 @@ def dataset(tmp_path_factory) -> Dataset:
     return make_dataset(tmp_path_factory.mktemp('train') / 'data')
 
 
-@pytest.mark.parametrize('policy', ['bc', 'flow'])
+@pytest.mark.parametrize('policy', [BCConfig(SMALL), TINY_ACT, DiffusionConfig(SMALL), FlowConfig(SMALL)],
+                         ids=lambda config: type(config).__name__)
 def test_the_loss_falls_and_the_checkpoint_tells_the_facts(policy, dataset, tmp_path):
     losses = []
-    config = TrainConfig(policy=policy, unet=SMALL, steps=120, horizon=8, warmup_steps=10, threads=1)
+    config = TrainConfig(policy=policy, steps=120, horizon=8, warmup_steps=10, threads=1)
     trained = train(dataset, config, tmp_path / 'p', lambda spent, step, loss: losses.append(loss))
     assert losses[-1] < 0.5 * losses[0] and len(losses) == 120
     loaded = checkpoint.load(tmp_path / 'p')
@@ -61,7 +90,7 @@ def test_the_loss_falls_and_the_checkpoint_tells_the_facts(policy, dataset, tmp_
 
 def test_seeds_reproduce(dataset):
     def weights(seed):
-        policy = train(dataset, TrainConfig(unet=SMALL, steps=15, horizon=8, seed=seed, threads=1), progress=quiet)
+        policy = train(dataset, TrainConfig(policy=FlowConfig(SMALL), steps=15, horizon=8, seed=seed, threads=1), progress=quiet)
         return torch.cat([p.flatten() for p in policy.parameters()])
 
     assert torch.equal(weights(0), weights(0))
@@ -70,7 +99,7 @@ def test_seeds_reproduce(dataset):
 
 def test_a_budget_of_time_ends_in_time(dataset):
     spent = []
-    config = TrainConfig(unet=SMALL, minutes=0.01, horizon=8, threads=1)
+    config = TrainConfig(policy=FlowConfig(SMALL), minutes=0.01, horizon=8, threads=1)
     train(dataset, config, progress=lambda s, step, loss: spent.append(s))
     assert spent[-1] >= 1.0 and all(s < 1.0 for s in spent[:-1]) and spent == sorted(spent)
 
@@ -133,8 +162,8 @@ def test_failures_are_left_out_unless_told(tmp_path):
 
 def test_images_train_and_the_checkpoint_sees_them(dataset, tmp_path):
     vision = VisionConfig(channels=(8,), keypoints=4, size=8)
-    config = TrainConfig(unet=SMALL, vision=vision, observations=('state', 'front'), steps=12, horizon=8, warmup_steps=2,
-                         threads=1)
+    config = TrainConfig(policy=FlowConfig(SMALL, vision=vision), observations=('state', 'front'), steps=12, horizon=8,
+                         warmup_steps=2, threads=1)
     trained = train(dataset, config, tmp_path / 'p', quiet)
     loaded = checkpoint.load(tmp_path / 'p')
     assert loaded.spec.features == {'state': (2,), 'front': (8, 8, 3)} and loaded.config.vision == vision
@@ -147,7 +176,7 @@ def test_images_train_and_the_checkpoint_sees_them(dataset, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_it(dataset, tmp_path):
-    config = TrainConfig(unet=SMALL, steps=50, horizon=8, learning_rate=1e30, warmup_steps=0, threads=1)
+    config = TrainConfig(policy=FlowConfig(SMALL), steps=50, horizon=8, learning_rate=1e30, warmup_steps=0, threads=1)
     with pytest.raises(TrainError, match='the loss became (nan|inf) at step'):
         train(dataset, config, tmp_path / 'p', quiet)
     assert not (tmp_path / 'p').exists()
@@ -155,7 +184,7 @@ def test_a_loss_that_is_not_finite_stops_it(dataset, tmp_path):
 
 def test_what_cannot_be_trained_is_named(dataset):
     with pytest.raises(PolicyError, match='vision.frames is 2, must be at most the history, 1'):
-        train(dataset, TrainConfig(observations=('front',), vision=VisionConfig(frames=2), history=1, steps=1), progress=quiet)
+        train(dataset, TrainConfig(FlowConfig(vision=VisionConfig(frames=2)), ('front',), history=1, steps=1), progress=quiet)
     with pytest.raises(TrainError, match='no budget'):
         train(dataset, TrainConfig(), progress=quiet)
     for wrong, message in (({'steps': 0}, 'steps is 0'), ({'where': ('left',)}, 'field=value'),
@@ -164,13 +193,189 @@ def test_what_cannot_be_trained_is_named(dataset):
             TrainConfig(**wrong)
 
 
-@pytest.mark.parametrize('preset', ['bc', 'flow', 'flow_images', 'flow_pusht'])
+@pytest.mark.parametrize('preset', sorted(file.stem for file in (ROOT / 'config' / 'policies').glob('*.yaml')))
 def test_presets_are_valid(preset, root):
-    from il_policies.contract import from_dict, load_yaml
-    path = root / 'config' / 'policies' / f'{preset}.yaml'
-    config = from_dict(TrainConfig, load_yaml(path), str(path))
-    assert config.policy == preset.split('_')[0] and (config.steps is None) != (config.minutes is None)
+    config = load_preset(root / 'config' / 'policies' / f'{preset}.yaml')
+    assert config.kind == preset.split('_')[0] and (config.steps is None) != (config.minutes is None)
     assert preset != 'flow_images' or config.observations == ('joint_positions', 'front'), 'the goal is seen by the camera only'
+
+
+def test_misspelt_settings_of_a_preset_are_named_at_any_depth(tmp_path):
+    file = tmp_path / 'p.yaml'
+    for text, message in (('policy: flow\nunet: {down_dim: [8]}', 'unet.down_dim is not a known key.*valid: activation'),
+                          ('policy: bc\neuler_steps: 3', 'euler_steps is not a known key'),
+                          ('policy: pi', "policy is 'pi'; valid: act, bc, diffusion, flow"),
+                          ('batch_size: many', 'batch_size.*many'), ('batch_size: 0', 'batch_size is 0')):
+        file.write_text(text)
+        with pytest.raises(ContractError, match=message):
+            load_preset(file)
+    file.write_text('policy: flow\nunet: {down_dims: [8, 16]}\nsteps: 7')
+    assert load_preset(file) == TrainConfig(FlowConfig(UNetConfig((8, 16))), steps=7)
+    assert load_preset(file, 'bc') == TrainConfig(BCConfig(UNetConfig((8, 16))), steps=7), 'the argument is stronger'
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(last: int):
+    def progress(spent, step, loss):
+        if step == last:
+            raise Killed
+    return progress
+
+
+@pytest.mark.parametrize('policy', [TINY_ACT, FlowConfig(SMALL, vision=VisionConfig(channels=(8,), keypoints=4, size=8))],
+                         ids=['act', 'flow'])
+def test_k_and_k_steps_are_2k_steps_bit_for_bit(policy, dataset, tmp_path):
+    """Killed after the save at step 20, gone on with from there: dropout, shifts of images, orders, averages and the best."""
+    config = TrainConfig(policy, ('state', 'front'), horizon=8, steps=40, batch_size=32, warmup_steps=5, threads=1, save_steps=20,
+                         validation=0.25, validate_steps=8)
+    whole = train(dataset, config, tmp_path / 'whole', quiet)
+    with pytest.raises(Killed):
+        train(dataset, config, tmp_path / 'p', killed_at(25))
+    halfway = checkpoint.load(tmp_path / 'p')
+    assert halfway.extra['training']['steps'] == 20 and not halfway.extra['training']['finished']
+    kept = {file.name for file in (tmp_path / 'p').rglob('*') if file.is_file()}
+    assert kept == {'policy.json', 'model.safetensors', 'state.safetensors', 'state.json'}
+    steps = []
+    resumed = train(dataset, config, tmp_path / 'p', lambda spent, step, loss: steps.append(step), resume=True)
+    assert steps == list(range(21, 41))
+    weights = whole.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in resumed.state_dict().items())
+    for folder in (tmp_path / 'p', tmp_path / 'p' / 'best'):
+        a, b = checkpoint.load(folder), checkpoint.load(tmp_path / 'whole' / folder.relative_to(tmp_path / 'p'))
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+        assert {**a.extra['training'], 'seconds': 0} == {**b.extra['training'], 'seconds': 0}
+    assert not (tmp_path / 'p' / 'training').exists(), 'a finished run has no state to go on from'
+    assert train(dataset, config, tmp_path / 'p', killed_at(1), resume=True).hash == checkpoint.load(tmp_path / 'p').hash
+
+
+def test_what_does_not_fit_is_not_gone_on_with(dataset, tmp_path):
+    config = TrainConfig(FlowConfig(SMALL), horizon=8, steps=20, save_steps=5, threads=1)
+    with pytest.raises(Killed):
+        train(dataset, config, tmp_path / 'p', killed_at(6))
+    with pytest.raises(TrainError, match='is not finished; go on with it'):
+        train(dataset, config, tmp_path / 'p', quiet)
+    other = dataclasses.replace(config, policy=FlowConfig(dataclasses.replace(SMALL, blocks=2)), steps=30)
+    with pytest.raises(TrainError) as error:
+        train(dataset, other, tmp_path / 'p', quiet, resume=True)
+    assert str(error.value).splitlines()[1:] == ['  steps: was 20, is 30', '  unet.blocks: was 1, is 2']
+    with pytest.raises(TrainError, match=f'dataset: its content was {dataset.hash}, is '):
+        train(judged(tmp_path / 'd', [('PASS', None)] * 2), config, tmp_path / 'p', quiet, resume=True)
+    (tmp_path / 'p' / 'training' / 'state.safetensors').write_bytes(b'half')
+    with pytest.raises(TrainError, match='its training state cannot be gone on with'):
+        train(dataset, config, tmp_path / 'p', quiet, resume=True)
+    for rest in ('state.safetensors', 'state.json'):
+        (tmp_path / 'p' / 'training' / rest).unlink()
+    with pytest.raises(TrainError, match='without a training state'):
+        train(dataset, config, tmp_path / 'p', quiet, resume=True)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_finishes_the_step_and_saves(number, dataset, tmp_path):
+    config = TrainConfig(FlowConfig(SMALL), horizon=8, steps=20, threads=1)
+    with pytest.raises(KeyboardInterrupt, match='interrupted at step 7, 35 % of the budget.*--resume'):
+        train(dataset, config, tmp_path / 'p', lambda spent, step, loss: step == 7 and signal.raise_signal(number))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert checkpoint.load(tmp_path / 'p').extra['training']['steps'] == 7
+    whole, resumed = train(dataset, config, progress=quiet), train(dataset, config, tmp_path / 'p', quiet, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+
+
+def test_a_loss_that_becomes_infinite_keeps_the_last_good_checkpoint(dataset, tmp_path):
+    config = TrainConfig(FlowConfig(SMALL), horizon=8, steps=50, learning_rate=1e30, warmup_steps=0, threads=1, save_steps=1)
+    with pytest.raises(TrainError, match='the (loss|gradient) became (nan|inf) at step 1;.*saved before is kept'):
+        train(dataset, config, tmp_path / 'p', quiet)
+    loaded = checkpoint.load(tmp_path / 'p')
+    assert loaded.extra['training']['steps'] == 1 and all(p.isfinite().all() for p in loaded.parameters())
+
+
+def test_groups_of_parameters(dataset):
+    config = TrainConfig(TINY_ACT, ('state', 'front'), history=1, horizon=8, weight_decay=0.1, learning_rate=1e-3, steps=1,
+                         vision_learning_rate=1e-5)
+    for algorithm in (TINY_ACT, FlowConfig(SMALL), FlowConfig(backbone='transformer')):
+        config = dataclasses.replace(config, policy=algorithm)
+        policy = make_policy(dataset, config, config.observations, Windows(dataset, config.observations, 1, 8))
+        groups = make_optimizer(policy, config).param_groups
+        of = {id(p): group for group in groups for p in group['params']}
+        assert len(of) == len(list(policy.parameters())) == sum(len(group['params']) for group in groups)
+        for name, module in policy.named_modules():
+            for part, p in module.named_parameters(recurse=False):
+                layer = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and part == 'weight'
+                assert of[id(p)]['weight_decay'] == (0.1 if layer else 0.0), (name, part)
+                assert of[id(p)]['share'] == pytest.approx(0.01 if name.startswith('encoders.') else 1.0), (name, part)
+
+
+def test_validation_is_of_other_episodes_and_always_the_same(dataset):
+    config = TrainConfig(FlowConfig(SMALL), horizon=8, validation=0.25, batch_size=32, steps=1)
+    training, held_out = split_episodes(list(range(8)), config)
+    assert len(held_out) == 2 and sorted(training + held_out) == list(range(8))
+    assert split_episodes(list(range(8)), dataclasses.replace(config, seed=5)) == (training, held_out)
+    assert split_episodes([3, 4], dataclasses.replace(config, validation=0.01))[1] != []
+    with pytest.raises(TrainError, match='leaves none to train on'):
+        split_episodes([3], config)
+    windows = Windows(dataset, ('state',), 2, 8, held_out)
+    policy = make_policy(dataset, config, ('state',), windows).eval()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first = validation_loss(policy, windows, config, torch.device('cpu'))
+    assert torch.rand(1) == expected, "training's draws go on as if there had been none"
+    assert first == validation_loss(policy, windows, config, torch.device('cpu')) > 0.0
+
+
+def test_bfloat16_learns_too(dataset, tmp_path):
+    losses = {}
+    for precision in ('fp32', 'bf16'):
+        config = TrainConfig(FlowConfig(SMALL), horizon=8, steps=30, warmup_steps=5, threads=1, precision=precision)
+        trained = train(dataset, config, tmp_path / precision, quiet)
+        losses[precision] = trained.extra['training']['loss']
+        assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    assert losses['bf16'] != losses['fp32'] and losses['bf16'] == pytest.approx(losses['fp32'], rel=0.05)
+
+
+def test_a_device_that_is_not_there(dataset):
+    if torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    with pytest.raises(TrainError, match='no GPU'):
+        train(dataset, TrainConfig(FlowConfig(SMALL), steps=1, device='cuda'), progress=quiet)
+
+
+def test_draws_of_shares_are_the_draws_of_the_whole():
+    def draws(n):
+        return [torch.rand(n), torch.randn_like(torch.empty(n, 3)), torch.randint(0, 9, (2, n, 1)), torch.randn(n, 4, 2)]
+
+    torch.manual_seed(1)
+    whole = draws(10)
+    for share in (slice(0, 6), slice(6, 10)):
+        torch.manual_seed(1)
+        with SharedDraws(10, share):
+            parts = draws(share.stop - share.start)
+        for part, all_of_it in zip(parts, whole):
+            axis = all_of_it.shape.index(10)
+            assert torch.equal(part, all_of_it.narrow(axis, share.start, share.stop - share.start))
+
+
+def test_two_processes_give_what_one_gives(dataset, tmp_path):
+    """Two gloo processes with half of each batch: weights equal to 1e-4 of their largest after 12 steps, by rounding."""
+    config = TrainConfig(FlowConfig(SMALL), horizon=8, steps=12, warmup_steps=2, batch_size=33, threads=1)
+    expected = train(dataset, config, progress=quiet)
+    program = ('import sys\nfrom il_policies.data.store import Dataset\nfrom il_policies.train import *\n'
+               'from il_policies.policies.unet import UNetConfig\n'
+               'train(Dataset(sys.argv[1]), TrainConfig(FlowConfig(UNetConfig((16, 32), activation="silu")), horizon=8, '
+               'steps=12, warmup_steps=2, batch_size=33, threads=1), sys.argv[2], lambda *_: None)\n')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    processes = [subprocess.Popen([sys.executable, '-c', program, dataset.path, tmp_path / 'p'], cwd=Path(__file__).parent, env={
+        **os.environ, 'WORLD_SIZE': '2', 'RANK': str(rank), 'LOCAL_RANK': str(rank), 'MASTER_ADDR': '127.0.0.1',
+        'MASTER_PORT': str(port), 'GLOO_SOCKET_IFNAME': 'lo'}) for rank in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    trained = checkpoint.load(tmp_path / 'p')
+    assert trained.extra['training']['loss'] > 0.0
+    for (name, p), q in zip(expected.named_parameters(), trained.parameters()):
+        torch.testing.assert_close(q, p, rtol=0.0, atol=1e-4 * p.abs().max().item() + 1e-6, msg=name)
 
 
 def test_bc_and_flow_presets_differ_in_the_objective_only(root):

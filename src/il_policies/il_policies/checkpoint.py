@@ -1,5 +1,7 @@
 """Checkpoints: a folder with `model.safetensors` (weights) and `policy.json` (everything else). No pickle.
 
+Training writes two folders more into it: `best/`, a checkpoint of its own, and, until it is finished, `training/`.
+
 policy.json: kind, config, spec, statistics, extra (contract, contract_hash, dataset_hash, training), the SHA-256 of the
 weights, and `hash`, the first 16 hex digits of the SHA-256 of all that: what `ActionChunk.policy` carries.
 """
@@ -51,21 +53,25 @@ def require_writable(path: str | Path) -> Path:
     return path
 
 
-def _recover(path: Path) -> None:
-    """Whoever was killed between the two renames of `save` left the older checkpoint under another name."""
-    replaced = path.with_name(f'.{path.name}.old')
-    if not path.exists() and (replaced / DESCRIPTION).exists():
-        with contextlib.suppress(OSError):
-            os.rename(replaced, path)
+def present(path: Path) -> Path:
+    """Where the files of the checkpoint at `path` are, `path` or a folder beside it.
 
-
-def save(path: str | Path, policy: Policy, extra: dict) -> None:
-    """Write a checkpoint folder, replacing an older checkpoint there; sets `policy.extra` and `policy.hash`.
-
-    Written to a temporary folder beside it, synced and renamed: killed at any time, it leaves no half-written
-    checkpoint. extra: JSON types. Raises CheckpointError if something else is at `path` or it cannot be written.
+    Between the two renames of `save`, or if it was killed there, the older checkpoint is under another name. Who only reads
+    must leave it there: `save` may be about to rename the newer one.
     """
-    path = require_writable(path)
+    replaced = path.with_name(f'.{path.name}.old')
+    return replaced if not path.exists() and (replaced / DESCRIPTION).exists() else path
+
+
+def _recover(path: Path) -> None:
+    """Undo the first rename of a `save` that was killed before the second."""
+    if present(path) != path:
+        with contextlib.suppress(OSError):
+            os.rename(present(path), path)
+
+
+def content(policy: Policy, extra: dict) -> dict[str, bytes]:
+    """The files of a checkpoint, by name; sets `policy.extra` and `policy.hash`. extra: JSON types."""
     weights = save_tensors({name: value.contiguous() for name, value in policy.state_dict().items()})
     description = {
         'format': FORMAT,
@@ -77,15 +83,31 @@ def save(path: str | Path, policy: Policy, extra: dict) -> None:
         'weights_sha256': hashlib.sha256(weights).hexdigest(),
     }
     description['hash'] = _hash(description)
+    policy.extra = json.loads(json.dumps(extra))
+    policy.hash = description['hash']
+    return {WEIGHTS: weights, DESCRIPTION: json.dumps(description, indent=1).encode()}
+
+
+def save(path: str | Path, policy: Policy, extra: dict, further: dict[str, bytes] | None = None) -> None:
+    """Write a checkpoint folder, replacing an older checkpoint there; sets `policy.extra` and `policy.hash`.
+
+    Written to a temporary folder beside it, synced and renamed: killed at any time, it leaves no half-written
+    checkpoint. extra: JSON types. further: more files by their path in the folder, which come and go with it. Raises
+    CheckpointError if something else is at `path` or it cannot be written.
+    """
+    path = require_writable(path)
+    files = content(policy, extra) | (further or {})
     temporary = path.with_name(f'.{path.name}.new')
     replaced = path.with_name(f'.{path.name}.old')
     try:
         for rest in (temporary, replaced):
             shutil.rmtree(rest, ignore_errors=True)
         temporary.mkdir(parents=True)
-        durable.write(temporary / WEIGHTS, weights)
-        durable.write(temporary / DESCRIPTION, json.dumps(description, indent=1).encode())
-        durable.sync(temporary)
+        for name, data in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            durable.write(temporary / name, data)
+        for folder in {(temporary / name).parent for name in files}:
+            durable.sync(folder)
         if path.exists():
             os.rename(path, replaced)
         os.rename(temporary, path)
@@ -94,17 +116,15 @@ def save(path: str | Path, policy: Policy, extra: dict) -> None:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f'{path}: cannot be written: {error}') from None
-    policy.extra = json.loads(json.dumps(extra))
-    policy.hash = description['hash']
 
 
 def load(path: str | Path) -> Policy:
     """The policy of a checkpoint folder, in evaluation mode, with `extra` and `hash` set. Raises CheckpointError."""
     path = Path(path)
-    _recover(path.absolute())
     try:
-        text = (path / DESCRIPTION).read_text()
-        weights = (path / WEIGHTS).read_bytes()
+        folder = present(path.absolute())
+        text = (folder / DESCRIPTION).read_text()
+        weights = (folder / WEIGHTS).read_bytes()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f'{path}: no readable checkpoint ({DESCRIPTION} and {WEIGHTS}): {error}') from None
     try:

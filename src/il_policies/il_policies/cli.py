@@ -311,20 +311,24 @@ def check(things: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.ar
 
 def train(argv: list[str]) -> None:
     """Train a policy on a dataset (a function of the arguments: a preset changes the defaults of the others)."""
-    from il_policies.contract import from_dict, load_yaml
     from il_policies.data.store import Dataset
-    from il_policies.train import TrainCommand, TrainConfig, TrainError, train
+    from il_policies.train import TrainCommand, TrainError, load_preset, train
 
-    preset = next((value for flag, value in zip(argv, argv[1:]) if flag == '--preset'), None)
-    preset = preset or next((arg.partition('=')[2] for arg in argv if arg.startswith('--preset=')), None)
-    config = from_dict(TrainConfig, load_yaml(preset), preset) if preset else TrainConfig()
+    def given(flag: str) -> str | None:
+        separate = next((value for argument, value in zip(argv, argv[1:]) if argument == flag), None)
+        return separate or next((a.partition('=')[2] for a in argv if a.startswith(f'{flag}=')), None)
+
+    preset = given('--preset')
+    config = load_preset(preset, given('--policy'))
+    defaults = TrainCommand(tyro.MISSING, tyro.MISSING, config, config.kind, Path(preset) if preset else None)
     try:
-        arguments = tyro.cli(TrainCommand, args=argv, prog='il train',
-                             default=TrainCommand(tyro.MISSING, tyro.MISSING, config, Path(preset) if preset else None))
+        arguments = tyro.cli(TrainCommand, args=argv, prog='il train', config=(tyro.conf.AvoidSubcommands,), default=defaults)
     except ValueError as error:  # a number that is out of range
         raise TrainError(str(error)) from None
-    policy = train(Dataset(arguments.dataset), arguments.config, arguments.out)
+    policy = train(Dataset(arguments.dataset), arguments.config, arguments.out, resume=arguments.resume)
     facts = policy.extra['training']
+    if not policy.hash:  # the first of several processes saves and tells
+        return
     print(f'{arguments.out}: {policy.kind} {policy.hash}, {facts["parameters"]} parameters, {facts["steps"]} steps '
           f'in {facts["seconds"]:.0f} s on {facts["episodes"]} of {facts["of_episodes"]} episodes, loss {facts["loss"]:.4f}')
 
@@ -482,8 +486,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `il`: 0 done, 2 wrong input, 130 interrupted."""
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        print('il: interrupted', file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f'il: {interrupt if str(interrupt) else "interrupted"}', file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from il_policies.contract import from_dict, load_yaml
-from il_policies.train import TrainConfig
+from il_policies.train import TrainConfig, load_preset
 
 COLORS = {'bc': '#c44e52', 'act': '#8172b3', 'diffusion': '#4c72b0', 'flow': '#55a868'}
 """Colour of each policy, the same in all plots."""
@@ -45,7 +44,7 @@ def require_known(names: tuple[str, ...], valid: tuple[str, ...], what: str) -> 
 
 def preset(file: Path) -> TrainConfig:
     """Training as a preset has it. Raises ContractError for unreadable ones."""
-    return from_dict(TrainConfig, load_yaml(file), str(file))
+    return load_preset(file)
 
 
 def publish(name: str, budget: str, rows: list[dict], out: Path, figure=None, **more) -> dict:
