@@ -631,7 +631,7 @@ def test_another_policy_takes_over_in_motion_and_no_command_mixes_the_two(arm):
     assert arm.mode == Mode.POLICY and arm.controller.blend.newest[1] == 1, 'the old ones go on'
     new = arm.chunk(arm.measured[0] + 0.05 - 0.02 * np.arange(16), policy='two', start=arm.t + 0.07)
     arm.controller.add_chunk(new, arm.t)
-    seen = []
+    seen, clamped = [], arm.controller.clamped_ticks
     for _ in range(50):
         arm.run(PERIOD)
         assert arm.mode == Mode.POLICY
@@ -639,6 +639,7 @@ def test_another_policy_takes_over_in_motion_and_no_command_mixes_the_two(arm):
         seen.append('two' if abs(blend.positions - new.at(arm.t)).max() < 1e-12 and arm.t >= new.start else 'one')
         assert blend.newest[1] == (0 if seen[-1] == 'two' else 1) and blend.live <= 2
     assert seen == ['one'] * 3 + ['two'] * 47, 'as soon as it covers now'
+    assert arm.controller.clamped_ticks == clamped, 'faded in, not held back by limits'
     assert arm.measured[0] == pytest.approx(new.at(arm.t)[0], abs=1e-6)
     arm.assert_within_limits()
 

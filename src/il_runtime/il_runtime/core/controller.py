@@ -321,18 +321,20 @@ class Controller:
 
     def _change_policy(self, now: float) -> None:
         """Take up the new epoch's chunks, once one of them covers now or the old ones are not followed any longer."""
-        if self.mode == Mode.POLICY and not any(chunk.start <= now <= chunk.end for chunk, _, _ in self._waiting):
+        covered = any(chunk.start <= now <= chunk.end for chunk, _, _ in self._waiting)
+        if self.mode == Mode.POLICY and not covered:
             return
         self.ensembler.reset(self.epoch)
         while self._waiting:
             self.ensembler.add(*self._waiting.popleft())
         if self.mode == Mode.POLICY:
             blend = self.ensembler.at(now, self._delay(now))
-            off = np.abs(blend.positions - self.gate.position)
-            if (off <= self.first_command_tolerance).all():
-                self._entered, self._ramp, self.reason = self._last, self._stop_ramp(), 'following chunks of another policy'
+            far = np.abs(blend.positions - self.gate.position) > self.first_command_tolerance
+            if far.any():
+                self._event('hold', f'the new policy wants to be elsewhere: {self._names(far)}')
             else:
-                self._event('hold', f'the new policy wants to be elsewhere: {self._names(off > self.first_command_tolerance)}')
+                self.reason = 'following chunks of another policy'
+                self._entered, self._ramp = self._last, self._stop_ramp()
 
     def _heed_human(self, now: float) -> None:
         """Whoever sends teleop commands is in charge, or at least nobody else is."""
