@@ -413,6 +413,7 @@ BENCHMARKS = {
     'multimodal': 'two equally good ways: who averages them',
     'methods': 'the four policies on reach_around: same data, same budget',
     'pusht': "human demonstrations, Diffusion Policy's protocol, scores against sampler steps",
+    'training': 'time of an optimiser step of each preset, fp32 and bf16',
     'inference': 'time of a chunk by PyTorch, ONNX Runtime, OpenVINO',
 }
 

@@ -14,8 +14,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from il_policies.train import TrainConfig, load_preset
-
 COLORS = {'bc': '#c44e52', 'act': '#8172b3', 'diffusion': '#4c72b0', 'flow': '#55a868'}
 """Colour of each policy, the same in all plots."""
 
@@ -40,11 +38,6 @@ def require_known(names: tuple[str, ...], valid: tuple[str, ...], what: str) -> 
     wrong = [name for name in names if name not in valid]
     if wrong or not names:
         raise BenchError(f'{what}: {", ".join(wrong) or "none given"}; valid: {", ".join(valid)}')
-
-
-def preset(file: Path) -> TrainConfig:
-    """Training as a preset has it. Raises ContractError for unreadable ones."""
-    return load_preset(file)
 
 
 def publish(name: str, budget: str, rows: list[dict], out: Path, figure=None, **more) -> dict:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from il_policies import deploy
-from il_policies.bench import COLORS, BenchError, preset, publish, require_known
+from il_policies.bench import COLORS, BenchError, publish, require_known
 from il_policies.data.store import Dataset
 from il_policies.lockstep import Episode, Execution, run_episodes, scenes
 from il_policies.policies import Policy
-from il_policies.train import progress_bar, train
+from il_policies.train import load_preset, progress_bar, train
 
 POLICIES = ('bc', 'act', 'diffusion', 'flow')
 
@@ -28,7 +28,7 @@ def run(dataset: Path, out: Path = Path('bench_out'), policies: tuple[str, ...] 
 
     Args:
         dataset: Demonstrations of reach_around, such as demo_out/dataset of make demo.
-        out: Folder for methods.json, methods.png and the checkpoints.
+        out: Folder for methods.json, methods.png and the checkpoints; those already trained this way are used again.
         policies: Which of bc, act, diffusion and flow.
         minutes: Training time of each [min].
         episodes: Starts and goals, the same for all.
@@ -44,9 +44,10 @@ def run(dataset: Path, out: Path = Path('bench_out'), policies: tuple[str, ...] 
     rows, paths = [], {}
     for kind in policies:
         folder = out / 'checkpoints' / kind
-        config = replace(preset(presets / f'{kind}.yaml'), minutes=minutes, steps=None, seed=seed, threads=threads)
-        trained = train(data, config, folder)
-        deploy.export(folder)
+        config = replace(load_preset(presets / f'{kind}.yaml'), minutes=minutes, steps=None, seed=seed, threads=threads)
+        trained = train(data, config, folder, resume=True)
+        if not (folder / deploy.FOLDER).exists():
+            deploy.export(folder)
         policy = deploy.load(folder, 'auto', threads)
         with progress_bar(f'{kind} on reach_around') as progress:
             done = run_episodes(policy, chosen, seed, Execution(stride=stride), lambda part, show=progress: show(part, 0, 0.0))

@@ -99,7 +99,7 @@ def sample(policy: Policy, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return ends, policy.predict({'ends': torch.tensor(ends, dtype=torch.float32)[:, None]}, noise=noise).double().numpy()
 
 
-def run(out: Path = Path('bench_out'), policies: tuple[str, ...] = POLICIES, steps: int = 2000, samples: int = 1000,
+def run(out: Path = Path('bench_out'), policies: tuple[str, ...] = POLICIES, steps: int = 3000, samples: int = 1000,
         seed: int = 0) -> dict:
     """Who averages two equally good ways: share of invalid samples, and of each way.
 

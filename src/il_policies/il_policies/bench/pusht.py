@@ -1,15 +1,14 @@
 """PushT from human demonstrations under Diffusion Policy's protocol, and the score against the number of sampler steps."""
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
-from il_policies.bench import COLORS, BenchError, preset, publish, require_known
+from il_policies.bench import COLORS, BenchError, publish, require_known
 from il_policies.data.store import Dataset
 from il_policies.evaluate import evaluate_pusht
 from il_policies.policies import Policy
-from il_policies.train import progress_bar, train
+from il_policies.train import load_preset, progress_bar, train
 
 POLICIES = ('bc', 'act', 'diffusion', 'flow')
 SAMPLER_STEPS = {'flow': ('euler_steps', (1, 2, 5, 10)), 'diffusion': ('inference_steps', (4, 8, 16, 100))}
@@ -22,7 +21,7 @@ def run(dataset: Path, out: Path = Path('bench_out'), policies: tuple[str, ...] 
 
     Args:
         dataset: Dataset of PushT: il import npz or il import zarr of Diffusion Policy's data.
-        out: Folder for pusht.json, pusht.png and the checkpoints.
+        out: Folder for pusht.json, pusht.png and the checkpoints; those already trained this way are used again.
         policies: Which of bc, act, diffusion and flow.
         minutes: Training time of each [min]; 15 minutes on 2 cores are 30 CPU minutes.
         episodes: Starts, the same for all.
@@ -35,17 +34,15 @@ def run(dataset: Path, out: Path = Path('bench_out'), policies: tuple[str, ...] 
         raise BenchError(f'minutes is {minutes:g}, must be > 0; episodes is {episodes}, must be at least 1')
     data, rows = Dataset(dataset), []
     for kind in policies:
-        config = replace(preset(presets / f'{kind}_pusht.yaml'), minutes=minutes, steps=None, seed=seed, threads=threads)
-        began = sum(os.times()[:2])
-        policy = train(data, config, out / 'checkpoints' / f'{kind}_pusht')
-        cpu = (sum(os.times()[:2]) - began) / 60.0
+        config = replace(load_preset(presets / f'{kind}_pusht.yaml'), minutes=minutes, steps=None, seed=seed, threads=threads)
+        policy = train(data, config, out / 'checkpoints' / f'{kind}_pusht', resume=True)
         facts = policy.extra['training']
         for sampler in _samplers(policy):
             with progress_bar(f'{kind}, {sampler[0]} steps') as progress:
                 result = evaluate_pusht(sampler[1], episodes, progress=lambda part, show=progress: show(part, 0, 0.0))
             rows.append({'policy': kind, 'sampler_steps': sampler[0], 'score': result['score'],
                          'above_0.95_coverage': result['above_095_coverage'], 'steps': facts['steps'],
-                         'parameters_k': facts['parameters'] / 1e3, 'training_cpu_min': cpu})
+                         'parameters_k': facts['parameters'] / 1e3, 'training_s': facts['seconds']})
     return publish('pusht', f'{minutes:g} min of training each; {result["protocol"]}', rows, out, _plot(rows), seed=seed,
                    dataset=data.hash)
 
