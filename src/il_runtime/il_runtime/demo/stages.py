@@ -114,9 +114,13 @@ def to_dataset(out: Path, contract: Path) -> tuple[int, str]:
 
 
 def train(out: Path, jobs: dict[str, list[str | Path]], at_once: int = 1) -> dict[str, dict]:
-    """Train what is not trained yet. jobs: name of the checkpoint → further arguments of `il train`. Their training facts."""
+    """Train what is not trained yet, and go on where a training was interrupted. Returns the facts of the trainings.
+
+    jobs: name of the checkpoint → further arguments of `il train`.
+    """
     checkpoints = {name: out / 'checkpoints' / name for name in jobs}
-    queue = [name for name, path in checkpoints.items() if not (path / 'policy.json').exists()]
+    queue = [name for name, path in checkpoints.items()
+             if not (path / 'policy.json').exists() or (path / 'training').exists()]
     with Processes(out / 'logs') as processes, bar('trainings', len(queue) or 1) as advance:
         running: dict[str, subprocess.Popen] = {}
         done = 0
@@ -125,7 +129,7 @@ def train(out: Path, jobs: dict[str, list[str | Path]], at_once: int = 1) -> dic
                 name = queue.pop(0)
                 running[name] = processes.start(f'train_{name}', [
                     sys.executable, '-m', 'il_policies.cli', 'train', str(out / 'dataset'), '--out', str(checkpoints[name]),
-                    *map(str, jobs[name])])
+                    '--resume', *map(str, jobs[name])])
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
