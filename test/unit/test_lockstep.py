@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from il_policies.contract import load_contract
 from il_policies.data.decode import decode
 from il_policies.evaluate import evaluate
-from il_policies.lockstep import Execution, contract_of, observe, run_episode, run_episodes, scenes
+from il_policies.lockstep import Execution, contract_of, followed, observe, run_episode, run_episodes, scenes
 from il_policies.planner import Planner
 from il_policies.policies import PolicyError, PolicySpec
 from il_policies.policies.flow import Flow, FlowConfig
@@ -81,3 +82,86 @@ def test_what_does_not_fit_is_refused(root):
 def test_images_of_another_size_are_refused(root):
     with pytest.raises(PolicyError, match=r"'front': \(48, 48, 3\).*the task has.*\(96, 96, 3\)"):
         evaluate(make_policy(root, {'front': (48, 48, 3)}), 'reach_around', episodes=1)
+
+
+class Stairs:
+    """A planner whose nth chunk goes, or stands, n stairs from where the arm starts."""
+
+    STAIR = 0.02
+
+    def __init__(self, horizon: int = 16, slope: float = 0.0):
+        self.policy = SimpleNamespace(spec=PolicySpec({'joint_positions': (6,)}, JOINTS, horizon, 1, 0.1, 0.0))
+        self.slope, self.asked = slope, []
+
+    def reset(self, seed=None):
+        self.asked = []
+
+    def plan(self, observation, start, delay=0.0):
+        if not self.asked:
+            self.home = observation['joint_positions'][-1]
+        self.asked.append((start, delay))
+        along = (len(self.asked) - 1) * self.STAIR + self.slope * np.arange(self.policy.spec.horizon)
+        return self.home + along[:, None] * (np.arange(6) == 0)
+
+
+def climb(root, monkeypatch, planner: Stairs, **settings):
+    """An episode of 3 s without rendering, and how far the shoulder was asked to turn in each control period."""
+    monkeypatch.setattr('il_policies.sim.reach_around.EPISODE_S', 3.0)
+    simulation, scene = ReachAround(camera=False), scenes(1, 0)[0]
+    episode = run_episode(simulation, planner, load_contract(root / 'config/robots/so101.yaml'), scene,
+                          Execution(ensembling='latest', **settings), 0, scene)
+    return episode, episode.targets[:, 0] - planner.home[0]
+
+
+@pytest.mark.parametrize(('delay', 'stride'), [(0, 4), (4, 4), (3, 8), (8, 8)])
+def test_a_chunk_is_followed_only_after_its_delay(root, monkeypatch, delay, stride):
+    planner = Stairs()
+    episode, turned = climb(root, monkeypatch, planner, delay=delay, stride=stride)
+    planned = [round(start / 0.02) for start, _ in planner.asked]
+    assert planned == list(range(0, 150, 5 * stride)), 'thinking holds nobody up'
+    assert [asked for _, asked in planner.asked] == pytest.approx([0.0] + [0.1 * delay] * (len(planned) - 1))
+    assert episode.arrivals == [0] + [tick + 5 * delay for tick in planned[1:] if tick + 5 * delay <= 150]
+    for n, tick in enumerate(episode.arrivals[1:], 1):
+        assert turned[tick - 1] == pytest.approx((n - 1) * Stairs.STAIR), 'before, the old chunk'
+        assert turned[min(tick + 3, len(turned) - 1)] == pytest.approx(n * Stairs.STAIR), 'then, the new one'
+    assert episode.violations == 0
+
+
+def test_who_plans_synchronously_stands_meanwhile(root, monkeypatch):
+    planner = Stairs(slope=0.005)  # four steps are a stair: each chunk begins where the one before was left
+    episode, turned = climb(root, monkeypatch, planner, delay=6, stride=4, waits=True)
+    assert episode.arrivals == [0, 50, 100, 150], 'four steps, then six of waiting'
+    standing = turned[20:50]
+    assert np.ptp(standing) == pytest.approx(0.0, abs=1e-9) and standing[0] == pytest.approx(4 * 0.005)
+    assert turned[70] == pytest.approx(8 * 0.005)
+    # A chunk that is planned while the arm stands begins when it is there.
+    assert [start for start, _ in planner.asked[:3]] == pytest.approx([0.0, 1.0, 2.0])
+
+
+def test_targets_are_held_only_for_who_waits():
+    np.testing.assert_array_equal(followed(Execution(stride=8), 16), np.arange(16))
+    np.testing.assert_array_equal(followed(Execution(stride=4, delay=4), 16), np.arange(16))
+    assert followed(Execution(stride=8, delay=8), 16).tolist() == [*range(16), 15, 15, 15, 15, 15]
+    assert followed(Execution(stride=2, delay=1, waits=True), 16).tolist() == [0, 1, 2, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(('delay', 'stride', 'waits'), [(5, 4, False), (4, 13, False), (-1, 4, True)])
+def test_a_chunk_must_last_until_the_next_one(delay, stride, waits):
+    with pytest.raises(PolicyError, match='0 <= delay <= stride <= horizon - delay'):
+        Execution(delay=delay, stride=stride, waits=waits).check(16)
+
+
+def test_action_noise_is_its_own_and_repeats(root, monkeypatch):
+    quiet, loud, again = (climb(root, monkeypatch, Stairs(), action_noise=noise)[0] for noise in (0.0, 0.02, 0.02))
+    np.testing.assert_array_equal(loud.tips, again.tips)
+    np.testing.assert_array_equal(loud.commands, quiet.commands)
+    assert 1e-3 < np.linalg.norm(loud.tips - quiet.tips, axis=1).max() < 0.05
+
+
+def test_a_policy_is_told_where_the_goal_is_now():
+    simulation = ReachAround(camera=False)
+    start = scenes(1, 0)[0].start
+    simulation.reset(replace(scenes(1, 0, 'wide')[0], start=start, goal_speed=0.1))
+    for _ in range(100):
+        simulation.step(simulation.joint_positions)
+    np.testing.assert_allclose(simulation.observation()['goal'], simulation.scene.goal_at(2.0), atol=1e-6)

@@ -245,3 +245,29 @@ def test_a_machine_that_cannot_render_says_what_to_install(monkeypatch):
     monkeypatch.setenv('MUJOCO_GL', 'disable')
     with pytest.raises(reach_around.SceneError, match='libegl1'):
         ReachAround(camera=True)
+
+
+def test_a_moving_goal_slides_to_and_fro_on_its_arc():
+    scene = Scene(goal=(PAN_AXIS[0] + 0.25 * np.cos(0.3), PAN_AXIS[1] + 0.25 * np.sin(0.3)), goal_speed=0.2)
+    offset = scene.goal_at(np.array([0.0, 0.5, 1.0, 4.0, 4.5, 5.0])) - PAN_AXIS
+    np.testing.assert_allclose(np.hypot(*offset.T), 0.25)
+    np.testing.assert_allclose(np.arctan2(offset[:, 1], offset[:, 0]), [0.3, 0.4, 0.3, -0.3, -0.4, -0.3], atol=1e-9)
+    assert scene.goal_at(1.0).shape == (2,)
+    np.testing.assert_array_equal(Scene().goal_at(3.0), Scene().goal)
+
+
+@pytest.mark.parametrize('side', [-1, 1])
+@pytest.mark.parametrize('speed', [-0.08, 0.08])
+def test_the_expert_follows_a_moving_goal_within_the_limits(sim, root, side, speed):
+    scene = Scene((0.105, 0.01), (PAN_AXIS[0] + 0.25 * np.cos(0.35), PAN_AXIS[1] + 0.25 * np.sin(0.35)), speed)
+    targets = expert(scene, side)
+    still = expert(Scene(scene.start, tuple(scene.goal_at(0.5))), side)
+    np.testing.assert_allclose(targets[25], still[25], atol=1e-4, err_msg='as if the goal had always been there')
+    contract = load_contract(root / 'config/robots/so101.yaml')
+    velocity, acceleration = np.abs(np.diff(targets, axis=0)) / 0.02, np.abs(np.diff(targets, n=2, axis=0)) / 0.02 ** 2
+    for joint, v, a in zip(contract.action_joints, velocity.max(axis=0), acceleration.max(axis=0)):
+        assert v < joint.velocity and a < joint.acceleration
+    sim.reset(scene)
+    for command in targets:
+        sim.step(command)
+    assert sim.reached and not sim.touched

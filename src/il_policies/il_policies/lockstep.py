@@ -6,6 +6,7 @@ where il_policies looks up to it.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -21,6 +22,9 @@ from il_runtime.core.controller import Controller
 from il_runtime.core.ensembling import Blending, Chunk, Ensembler
 from il_runtime.core.mode import Mode
 from il_runtime.core.safety import limit_violations
+
+RESERVE = 4
+"""Policy steps in which an arm at full speed comes to rest, and more."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,24 @@ class Execution:
     """Weight exp(-m·age) of a chunk, age in policy steps."""
     max_disagreement: float = 1.0
     """Above this distance between live chunks, in tracking tolerances, the newest one takes over."""
+    delay: int = 0
+    """Policy steps from an observation until its chunk is there, but for the first one: an arm at rest is not late."""
+    waits: bool = False
+    """Synchronous: the arm waits at the last of `stride` targets until the next chunk is there, which begins only then."""
+    rtc: Literal['off', 'vjp', 'identity', 'prefix'] = 'off'
+    """Real-time chunking: how a new chunk is made to continue the previous one."""
+    beta: float = 5.0
+    """Largest weight of that guidance."""
+    action_noise: float = 0.0
+    """Standard deviation of an error of what the servos are told, one draw a policy step [rad]."""
+
+    def check(self, horizon: int) -> None:
+        """Raises PolicyError if this cannot be executed with chunks of so many steps."""
+        if not 1 <= self.stride < horizon:
+            raise PolicyError(f'stride is {self.stride}, must be from 1 to {horizon - 1}, below the horizon')
+        if self.delay < 0 or not self.waits and not self.delay <= self.stride <= horizon - self.delay:
+            raise PolicyError(f'delay is {self.delay} and stride {self.stride} of horizon {horizon}; must be '
+                              '0 <= delay <= stride <= horizon - delay')
 
 
 @dataclass
@@ -55,10 +77,14 @@ class Episode:
     """Until reached, touched or out of time [s]."""
     tips: np.ndarray
     """Path of the tip, one row a control period [m]. Shape (N, 3)."""
+    targets: np.ndarray
+    """What the ensembling asked for, before the safety gate; where no chunk is followed, the command. Shape (N, 6) [rad]."""
     commands: np.ndarray
     """Commands, one row a control period [rad]. Shape (N, 6)."""
     chunks: list[tuple[float, np.ndarray]]
-    """Start [s] and positions (H, 6) of every chunk."""
+    """Start [s] and positions (H, 6) of every chunk that was planned."""
+    arrivals: list[int]
+    """Control period, a row of `commands`, from which each chunk counts that was there before the end."""
     violations: int
     """Commands outside position, velocity or acceleration limits; recomputed from the commands alone."""
 
@@ -75,7 +101,8 @@ def scenes(episodes: int, seed: int, goals: str = 'narrow') -> list[Scene]:
 
 def observe(simulation: ReachAround, spec: PolicySpec, seen: Scene) -> dict[str, np.ndarray]:
     """What the policy is told now. Images went through JPEG, as between nodes, and show the goal of `seen`."""
-    images = {name: decode_frame(simulation.photograph(spec.features[name][:2], seen.goal), spec.features[name], name)
+    goal = seen.goal_at(simulation.time)
+    images = {name: decode_frame(simulation.photograph(spec.features[name][:2], goal), spec.features[name], name)
               for name in spec.images}
     return {**simulation.observation(), **images}
 
@@ -95,31 +122,52 @@ def run_episode(simulation: ReachAround, planner: Planner, contract: Contract, s
     armed, message = controller.arm(0.0)
     if not armed:
         raise PolicyError(f'the simulated arm could not be armed: {message}')
-    history: list[dict] = []
-    tips, commands, chunks = [], [], []
+    slips = np.random.default_rng([seed, 1])
+    due: deque[tuple[int, Chunk]] = deque()  # control period in which a chunk will be there
+    plan_at, history, slip = 0, [], np.zeros(len(order))
+    tips, targets, commands, chunks, arrivals = [], [], [], [], []
     for tick in range(10**9):
         now = tick * controller.period
         if tick % ticks_per_step == 0:
             observed = observe(simulation, spec, seen)
             history = (history or [observed] * spec.history)[1:] + [observed]
-            if tick % (ticks_per_step * execution.stride) == 0:
-                observation = {name: np.stack([step[name] for step in history]) for name in spec.features}
-                start = now + spec.action_offset
-                positions = planner.plan(observation, start)
-                controller.add_chunk(Chunk(start, spec.step_period, positions, controller.epoch, len(chunks), now), now)
-                chunks.append((start, positions))
+            slip = execution.action_noise * slips.standard_normal(len(order))
+        if tick == plan_at:
+            delay = execution.delay if chunks else 0
+            there, thinking = tick + delay * ticks_per_step, delay * spec.step_period
+            observation = {name: np.stack([step[name] for step in history]) for name in spec.features}
+            start = now + spec.action_offset + (thinking if execution.waits else 0.0)
+            positions = planner.plan(observation, start, thinking)
+            due.append((there, Chunk(start, spec.step_period, positions[followed(execution, spec.horizon)], controller.epoch,
+                                     len(chunks), now)))
+            chunks.append((start, positions))
+            plan_at = (there if execution.waits else tick) + execution.stride * ticks_per_step
+        while due and due[0][0] == tick:
+            controller.add_chunk(due.popleft()[1], now)
+            arrivals.append(tick)
         controller.joint_state(now, simulation.joint_positions[order], now)
         command = controller.tick(now)
         tips.append(simulation.tip)
+        targets.append(command if controller.mode != Mode.POLICY else controller.blend.positions)
         commands.append(command)
         if simulation.done or controller.mode == Mode.FAULT:
             break
         sent = np.empty(len(order))
-        sent[order] = command
+        sent[order] = command + slip
         simulation.step(sent)
     commands = np.array(commands)
-    return Episode(scene, simulation.reached, simulation.touched, simulation.time, np.array(tips), commands, chunks,
-                   limit_violations(contract, commands))
+    return Episode(scene, simulation.reached, simulation.touched, simulation.time, np.array(tips), np.array(targets), commands,
+                   chunks, arrivals, limit_violations(contract, commands))
+
+
+def followed(execution: Execution, horizon: int) -> np.ndarray:
+    """The steps of a chunk as the controller gets them: who has to wait holds a target until the next chunk is there.
+
+    A controller stops an arm whose targets run out; held for RESERVE steps more, they do not. Without delay, all steps.
+    """
+    last = execution.stride if execution.waits else horizon - 1
+    needed = execution.stride + execution.delay + RESERVE if execution.waits or execution.delay else 0
+    return np.minimum(np.arange(max(last, needed) + 1), last)
 
 
 def contract_of(policy: Policy) -> Contract:
@@ -150,9 +198,8 @@ def run_episodes(policy: Policy, chosen: list[Scene], seed: int, execution: Exec
     if wrong or tuple(policy.spec.action_names) != contract.action.joints or set(contract.action.joints) != set(JOINTS):
         raise PolicyError(f'reach_around: the policy sees {dict(policy.spec.features)} and moves '
                           f'{list(policy.spec.action_names)}; the task has {known} and {list(JOINTS)}')
-    if not 1 <= execution.stride < policy.spec.horizon:
-        raise PolicyError(f'stride is {execution.stride}, must be from 1 to {policy.spec.horizon - 1}, below the horizon')
-    planner = Planner(policy, execution.noise, execution.tau)
+    execution.check(policy.spec.horizon)
+    planner = Planner(policy, execution.noise, execution.tau, rtc=execution.rtc, beta=execution.beta)
     episodes = []
     for i, scene in enumerate(chosen):
         seen = chosen[(i + 1) % len(chosen)] if shuffled else scene

@@ -89,6 +89,19 @@ class Scene:
     """Where the tip starts: x, y [m]."""
     goal: tuple[float, float] = (0.28, 0.0)
     """Where the tip shall go: x, y [m]."""
+    goal_speed: float = 0.0
+    """The goal slides about PAN_AXIS, to and fro within GOAL_ANGLE; positive: first to the left [rad/s]."""
+
+    def goal_at(self, time) -> np.ndarray:
+        """Where the goal is at `time` (...) [s]: x, y [m]. Shape (..., 2)."""
+        time = np.asarray(time, dtype=float)
+        if self.goal_speed == 0.0:
+            return np.broadcast_to(self.goal, (*time.shape, 2)).astype(float)
+        along = np.subtract(self.goal, PAN_AXIS)
+        low, width = GOAL_ANGLE[0], GOAL_ANGLE[1] - GOAL_ANGLE[0]
+        turned = np.arctan2(along[1], along[0]) - low + self.goal_speed * time
+        angle = low + width - np.abs(turned % (2.0 * width) - width)
+        return PAN_AXIS + np.hypot(*along) * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
 
 
 def sample_scene(rng: np.random.Generator, goals: Literal['narrow', 'wide'] = 'narrow') -> Scene:
@@ -161,7 +174,6 @@ class ReachAround(Simulation):
         self._rested = 0.0
         self.data.qpos[self._qpos] = positions
         self.data.ctrl[self._ctrl] = positions
-        self.data.mocap_pos[0] = (*scene.goal, 0.0)
         self._update()
 
     def step(self, command) -> None:
@@ -175,7 +187,7 @@ class ReachAround(Simulation):
             before = self.tip
             super().advance()
             speed = np.linalg.norm(self.tip - before) / PHYSICS_STEP
-            away = np.hypot(*(self.tip[:2] - self.scene.goal))
+            away = np.hypot(*(self.tip[:2] - self.goal))
             if away < REACH_TOLERANCE and 0.0 < self.tip[2] < REACH_HEIGHT and speed < REST_SPEED:
                 self._rested += PHYSICS_STEP
             else:
@@ -183,6 +195,7 @@ class ReachAround(Simulation):
             self.reached |= self._rested >= REST_S and self.time <= EPISODE_S
 
     def _update(self) -> None:
+        self.data.mocap_pos[0] = (*self.goal, 0.0)
         super()._update()
         self.touched |= bool((self.data.contact.geom == self._pillar).any())
 
@@ -192,13 +205,18 @@ class ReachAround(Simulation):
         return self.data.xpos[self._tip].copy()
 
     @property
+    def goal(self) -> np.ndarray:
+        """Where the goal is now: x, y [m]. Shape (2,)."""
+        return self.scene.goal_at(self.time)
+
+    @property
     def done(self) -> bool:
         """Reached, touched, or out of time."""
         return self.reached or self.touched or self.time >= EPISODE_S
 
     def observation(self) -> dict[str, np.ndarray]:
         """joint_positions (6,) [rad] and goal (2,) [m]."""
-        return {**super().observation(), 'goal': np.array(self.scene.goal)}
+        return {**super().observation(), 'goal': self.goal}
 
     def render_pose(self, positions, goal: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
         """The camera's image of any pose, shape (6,), and goal, for replays; the simulation stays as it is."""
@@ -269,6 +287,7 @@ def minimum_jerk(u: np.ndarray) -> np.ndarray:
 def expert(scene: Scene, side: int, noise: float = 0.0, rng: np.random.Generator | None = None) -> np.ndarray:
     """Joint targets at 50 Hz from start through funnel, round the pillar, to the goal, and a rest there. Shape (N, 6).
 
+    A goal that moves is not foreseen: at any time the target is where it would be had the goal always been where it is now.
     side: +1 passes the pillar on its left (y > 0), -1 on its right.
     noise: size of a smooth random deviation from the path [m], zero at both ends; `rng` draws it. Give both sides of a
         scene the same draw, or the way to the funnel tells them apart.
@@ -278,27 +297,35 @@ def expert(scene: Scene, side: int, noise: float = 0.0, rng: np.random.Generator
     # Via points, and direction times relative speed there. The funnel is left slowly and straight ahead, whatever the
     # side; the goal is approached from the side. So the gripper stays 12 mm clear of the pillar, and joints below 85 %
     # of their limits.
-    points = np.array([scene.start, FUNNEL, (PILLAR[0], side * DETOUR_Y), scene.goal])  # (4, 2)
-    lengths = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    times = np.arange(round(EPISODE_S / CONTROL_PERIOD) + 1) * CONTROL_PERIOD
+    goals = scene.goal_at(times)                                                                   # (N, 2)
     # The same timing for both sides, or the speed before the turn would tell which side follows.
-    last = [np.hypot(scene.goal[0] - PILLAR[0], scene.goal[1] - y) for y in (-DETOUR_Y, DETOUR_Y)]
-    lengths[2] = np.mean(last)
-    move_s = MOVE_S * max(1.0, max(last) / LAST_LENGTH)
+    last = np.hypot(goals[:, :1] - PILLAR[0], goals[:, 1:] - (-DETOUR_Y, DETOUR_Y))                # (N, 2)
+    move_s = MOVE_S * np.maximum(1.0, last.max(axis=1) / LAST_LENGTH)
+    shown = times < move_s + HOLD_S + 0.5 * CONTROL_PERIOD
+    times, goals, last, move_s = times[shown], goals[shown], last[shown], move_s[shown]
+    N = len(times)
+    points = np.empty((N, 4, 2))
+    points[:, 0], points[:, 1], points[:, 2], points[:, 3] = scene.start, FUNNEL, (PILLAR[0], side * DETOUR_Y), goals
+    lengths = np.linalg.norm(np.diff(points, axis=1), axis=-1)                                     # (N, 3)
+    lengths[:, 2] = last.mean(axis=1)
     # A goal far on the other side is reached in a wider bow, behind the pillar.
-    bow = 1.0 + 8.0 * max(0.0, -side * scene.goal[1] - GOAL_Y[1])
-    knots = np.concatenate([[0.0], np.cumsum(lengths)])
-    tangents = np.array([(points[1] - points[0]) / lengths[0], (0.3, 0.0), (bow, 0.0), (0.0, -0.6 * side)])  # (4, 2)
+    bow = 1.0 + 8.0 * np.maximum(0.0, -side * goals[:, 1] - GOAL_Y[1])
+    knots = np.concatenate([np.zeros((N, 1)), np.cumsum(lengths, axis=1)], axis=1)                 # (N, 4)
+    tangents = np.zeros((N, 4, 2))
+    tangents[:, 0] = (points[:, 1] - points[:, 0]) / lengths[:, :1]
+    tangents[:, 1], tangents[:, 2, 0], tangents[:, 3] = (0.3, 0.0), bow, (0.0, -0.6 * side)
 
-    times = np.arange(round((move_s + HOLD_S) / CONTROL_PERIOD) + 1) * CONTROL_PERIOD
     s = minimum_jerk(np.clip(times / move_s, 0.0, 1.0))  # (N,) part of the way
-    along = s * knots[-1]
-    k = np.clip(np.searchsorted(knots, along, side='right') - 1, 0, 2)
-    u = ((along - knots[k]) / lengths[k])[:, None]
+    along = s * knots[:, -1]
+    rows, k = np.arange(N), np.clip((knots <= along[:, None]).sum(axis=1) - 1, 0, 2)
+    length = lengths[rows, k, None]
+    u = (along[:, None] - knots[rows, k, None]) / length
     # Quintic Hermite pieces without curvature at the via points: velocity and acceleration are continuous.
     blend = minimum_jerk(u)
     leave, arrive = u - u**3 * (6 - 8 * u + 3 * u**2), -u**3 * (4 - 7 * u + 3 * u**2)
-    xy = (points[k] * (1 - blend) + points[k + 1] * blend
-          + lengths[k, None] * (tangents[k] * leave + tangents[k + 1] * arrive))
+    xy = (points[rows, k] * (1 - blend) + points[rows, k + 1] * blend
+          + length * (tangents[rows, k] * leave + tangents[rows, k + 1] * arrive))
 
     if noise:
         rng = np.random.default_rng() if rng is None else rng
