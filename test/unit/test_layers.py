@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2] / 'src'
 PACKAGES = {package: sorted((ROOT / package / package).rglob('*.py')) for package in ('il_policies', 'il_runtime')}
 TORCH = {'torch', 'il_policies.policies', 'il_policies.checkpoint', 'il_policies.train', 'il_policies.planner',
-         'il_policies.evaluate', 'il_policies.lockstep', 'il_policies.replay'}
+         'il_policies.evaluate', 'il_policies.lockstep', 'il_policies.replay', 'il_policies.deploy',
+         'il_policies.bench'}
 
 
 def imports(path: Path, top_level: bool = False) -> set[str]:

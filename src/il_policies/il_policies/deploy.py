@@ -34,7 +34,7 @@ slower where others use the cores."""
 BACKENDS = ('auto', 'torch', *ENGINES)
 
 
-class DeployError(RuntimeError):
+class DeployError(ValueError):
     """An export that cannot be made or used; the message says why and what helps."""
 
 
@@ -110,7 +110,6 @@ def load(path: str | Path, backend: Literal['auto', 'torch', 'onnxruntime', 'ope
         raise DeployError(f'backend is {backend!r}; valid: {", ".join(BACKENDS)}')
     torch.set_num_threads(threads)
     policy, folder = checkpoint.load(path), Path(path) / FOLDER
-    policy.backend = 'torch'
     engines = list(filter(installed, ENGINES)) if backend == 'auto' else [backend]
     if backend == 'torch' or backend == 'auto' and (not engines or not (folder / DESCRIPTION).exists()):
         return policy

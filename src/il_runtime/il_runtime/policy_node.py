@@ -20,7 +20,7 @@ from rclpy.qos import QoSProfile, qos_profile_sensor_data
 from rclpy.task import Future
 from std_msgs.msg import String
 
-from il_policies import checkpoint
+from il_policies import deploy
 from il_policies.check.agreement import differences, of_contract, of_policy
 from il_policies.contract import load_contract
 from il_policies.data.align import Observation
@@ -79,6 +79,8 @@ class PolicyNode(LifecycleNode):
                 'the controller\'s ensembling must be latest')
         declare(self, 'seed', 0, 'seed of the noise', 0, 2**31 - 1)
         declare(self, 'threads', 1, 'threads of the network', 1, 256)
+        declare(self, 'backend', 'auto', f'what runs the network: {", ".join(deploy.BACKENDS)}; auto: the fastest that the '
+                'checkpoint was exported for (il export onnx), or torch')
         be_nice(self)
         autostart = declare(self, 'autostart', True, 'configure and activate at once')
         self.permanent = set(entities(self))
@@ -125,7 +127,7 @@ class PolicyNode(LifecycleNode):
         when, period = self._value('plan_when'), self.brain.policy.spec.step_period
         words = {'stride': f'every {self._value("stride") * period:g} s', 'continuous': 'as fast as it can',
                  'horizon': f'when less than {self._value("least_horizon") * period:g} s of a chunk remain'}
-        self.get_logger().info(f'{self.brain.policy.hash}: plans {words[when]}')
+        self.get_logger().info(f'{self.brain.policy.hash} by {self.brain.policy.backend}: plans {words[when]}')
         return super().on_activate(state)
 
     def on_deactivate(self, state) -> TransitionCallbackReturn:
@@ -153,7 +155,7 @@ class PolicyNode(LifecycleNode):
 
     def _load(self, source: str) -> Brain:
         """Load a checkpoint, check it against the contract, warm it up. Raises ValueError if it cannot plan here."""
-        policy = checkpoint.load(source)
+        policy = deploy.load(source, self._value('backend'), self._value('threads'))
         mismatches = differences(of_contract(self._value('contract'), self.contract), of_policy(source, policy))
         if mismatches:
             raise ValueError(f'{source} was trained for another robot: ' + '; '.join(mismatches))

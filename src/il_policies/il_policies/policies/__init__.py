@@ -83,6 +83,8 @@ class Policy(nn.Module):
         self.normalizer = normalizer
         self.hash = ''
         """Content hash of the checkpoint it was loaded from or saved to; empty before."""
+        self.backend = 'torch'
+        """What runs its networks; see deploy.py."""
         self.extra: dict = {}
         """What its checkpoint says besides: contract, contract_hash, dataset_hash, training."""
 
