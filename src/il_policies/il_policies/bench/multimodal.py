@@ -111,8 +111,8 @@ def run(out: Path = Path('bench_out'), policies: tuple[str, ...] = POLICIES, ste
         seed: Seed of data, weights and noise.
     """
     require_known(policies, POLICIES, 'policies')
-    if steps < 20 or samples < 1:
-        raise BenchError(f'steps is {steps}, must be at least 20; samples is {samples}, must be at least 1')
+    if steps < 50 or samples < 1:
+        raise BenchError(f'steps is {steps}, must be at least 50; samples is {samples}, must be at least 1')
     rows, ways, sweep = [], {}, []
     for kind in policies:
         tried = []
