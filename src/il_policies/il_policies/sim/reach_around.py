@@ -195,7 +195,9 @@ class ReachAround(Simulation):
             self.reached |= self._rested >= REST_S and self.time <= EPISODE_S
 
     def _update(self) -> None:
-        self.data.mocap_pos[0] = (*self.goal, 0.0)
+        self.goal = self.scene.goal_at(self.time)
+        """Where the goal is now: x, y [m]. Shape (2,)."""
+        self.data.mocap_pos[0, :2] = self.goal
         super()._update()
         self.touched |= bool((self.data.contact.geom == self._pillar).any())
 
@@ -205,18 +207,13 @@ class ReachAround(Simulation):
         return self.data.xpos[self._tip].copy()
 
     @property
-    def goal(self) -> np.ndarray:
-        """Where the goal is now: x, y [m]. Shape (2,)."""
-        return self.scene.goal_at(self.time)
-
-    @property
     def done(self) -> bool:
         """Reached, touched, or out of time."""
         return self.reached or self.touched or self.time >= EPISODE_S
 
     def observation(self) -> dict[str, np.ndarray]:
         """joint_positions (6,) [rad] and goal (2,) [m]."""
-        return {**super().observation(), 'goal': self.goal}
+        return {**super().observation(), 'goal': self.goal.copy()}
 
     def render_pose(self, positions, goal: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
         """The camera's image of any pose, shape (6,), and goal, for replays; the simulation stays as it is."""
