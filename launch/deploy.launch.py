@@ -23,6 +23,7 @@ from il_runtime.launching import (
     policy,
     rviz,
     teleop,
+    text,
     this_machine_only,
     visualizer,
 )
@@ -38,11 +39,12 @@ def generate_launch_description() -> LaunchDescription:
     return LaunchDescription([
         this_machine_only(),
         *arguments(namespace='', robot='', contract='', drivers='', params_file='', use_sim_time='false', checkpoint=None,
-                   stride='8', speed_scale='20.0', teleop='none', flight='flight', visualizer='true', mcap='', rviz='false'),
+                   plan_when='stride', stride='8', rtc='off', ensembling='newest_first', backend='auto', speed_scale='20.0',
+                   teleop='none', flight='flight', visualizer='true', mcap='', rviz='false'),
         argument('shadow', 'false', 'only show what the policy would do, on shadow/command, while a human moves the arm by hand, '
                  'by its own teleoperation or under robot.launch.py (that one with visualizer:=false); speed_scale is 100', FLAG),
         arm(
-            controller(name=seat, shadow=flag('shadow')),
+            controller(name=seat, shadow=flag('shadow'), ensembling=text('ensembling')),
             policy(remappings=apart),
             drivers(),
             teleop(),

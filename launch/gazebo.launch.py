@@ -31,6 +31,7 @@ from il_runtime.launching import (
     recorder,
     rviz,
     teleop,
+    text,
     this_machine_only,
     visualizer,
 )
@@ -57,8 +58,9 @@ def generate_launch_description() -> LaunchDescription:
 
     return LaunchDescription([
         this_machine_only(),
-        *arguments(namespace='', robot='so101', contract='', params_file='', speed_scale='100.0', checkpoint='', stride='8',
-                   teleop='none', bags='', flight='', visualizer='false', mcap='', rviz='false'),
+        *arguments(namespace='', robot='so101', contract='', params_file='', speed_scale='100.0', checkpoint='',
+                   plan_when='stride', stride='8', rtc='off', ensembling='newest_first', backend='auto', teleop='none', bags='',
+                   flight='', visualizer='false', mcap='', rviz='false'),
         argument('headless', 'false', 'no window; the camera is rendered off-screen (EGL)', FLAG),
         argument('world', str(SIM / 'reach_around.sdf'), 'path of the world, an SDF file'),
         argument('goal_x', '0.28', 'where the goal is, before the arm [m]', float),
@@ -90,7 +92,7 @@ def generate_launch_description() -> LaunchDescription:
         after(states, commands),
 
         arm(
-            controller(),
+            controller(ensembling=text('ensembling')),
             policy(),
             teleop(),
             recorder(),

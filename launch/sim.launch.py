@@ -32,8 +32,9 @@ def generate_launch_description() -> LaunchDescription:
     """Arguments, then the nodes of one arm in its namespace."""
     return LaunchDescription([
         this_machine_only(),
-        *arguments(namespace='', robot='so101', contract='', params_file='', speed_scale='100.0', checkpoint='', stride='8',
-                   teleop='none', bags='', flight='', visualizer='false', mcap='', rviz='false'),
+        *arguments(namespace='', robot='so101', contract='', params_file='', speed_scale='100.0', checkpoint='',
+                   plan_when='stride', stride='8', rtc='off', ensembling='newest_first', backend='auto', teleop='none', bags='',
+                   flight='', visualizer='false', mcap='', rviz='false'),
         argument('task', 'auto', 'reach_around: the SO-101, a pillar and a goal; none: the arm alone; auto: the task if the '
                  'contract is for the SO-101', ['auto', 'reach_around', 'none']),
         argument('camera', 'true', 'render and publish the cameras of the contract', FLAG),
@@ -43,7 +44,7 @@ def generate_launch_description() -> LaunchDescription:
         arm(
             ours('simulator_node', on_exit=needed, task=text('task'), camera=flag('camera'),
                  real_time_factor=number('real_time_factor'), publish_clock=flag('use_sim_time')),
-            controller(),
+            controller(ensembling=text('ensembling')),
             policy(),
             teleop(),
             recorder(),

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from il_msgs.msg import ControllerStatus
 from il_msgs.srv import StartEpisode, StopEpisode
+from rcl_interfaces.srv import GetParameters
+from rclpy.parameter import parameter_value_to_python
 
 from il_policies.sim.reach_around import Scene
 from il_runtime.ros import STATUS_QOS
@@ -39,12 +41,12 @@ class Launched:
     def __init__(self, folder: Path):
         self.folder, self.running = folder, []
 
-    def start(self, name: str, *arguments: str) -> subprocess.Popen:
+    def start(self, name: str, *arguments: str, environment: dict[str, str] = os.environ) -> subprocess.Popen:
         """Launch a file, in a process group of its own as a shell would, where Ctrl-C means something."""
         with open(self.folder / f'launch_{len(self.running)}.log', 'w') as log:
             self.running.append(subprocess.Popen(
                 [sys.executable, '-c', RUN, str(ROOT / 'launch' / name), *arguments], stdout=log, stderr=log, cwd=self.folder,
-                stdin=subprocess.DEVNULL, start_new_session=True, env=os.environ | {'ROS_LOG_DIR': str(self.folder)}))
+                stdin=subprocess.DEVNULL, start_new_session=True, env={**environment, 'ROS_LOG_DIR': str(self.folder)}))
         return self.running[-1]
 
     def end(self, process: subprocess.Popen) -> int:
@@ -57,6 +59,12 @@ class Launched:
     def left(self, process: subprocess.Popen) -> str:
         """What a launch file that has ended has left running."""
         return subprocess.run(['pgrep', '-a', '-g', str(process.pid)], capture_output=True, text=True).stdout
+
+    def pid(self, process: subprocess.Popen, executable: str) -> int | None:
+        """Of a node that it has started, or None."""
+        found = subprocess.run(['pgrep', '-f', '-g', str(process.pid), f'lib/il_runtime/{executable}'], capture_output=True,
+                               text=True)
+        return int(found.stdout.split()[0]) if found.stdout else None
 
     def log(self, process: subprocess.Popen) -> str:
         """What it and its nodes printed."""
@@ -92,6 +100,12 @@ def armed(node, found: list[ControllerStatus], namespace: str = '') -> None:
     wait_for(lambda: call(node, Arm, f'{namespace}/controller/arm', timeout=60.0).success, 60.0, 'arming')
 
 
+def values(node, name: str, *parameters: str) -> list:
+    """Of a node's parameters."""
+    answer = call(node, GetParameters, f'{name}/get_parameters', GetParameters.Request(names=list(parameters)))
+    return [parameter_value_to_python(value) for value in answer.values]
+
+
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.name)
 def test_arguments_read_like_a_manual(path):
     from launch.launch_description_sources import get_launch_description_from_python_launch_file
@@ -125,6 +139,16 @@ def test_what_cannot_work_is_said_and_ends_everything(launched, name, arguments,
     assert said in launched.log(process) and launched.left(process) == ''
 
 
+@pytest.mark.parametrize('said, meant', [({}, 'LOCALHOST'), ({'ROS_AUTOMATIC_DISCOVERY_RANGE': 'OFF'}, 'OFF')])
+def test_nodes_are_found_on_this_machine_only_unless_the_environment_says_otherwise(launched, said, meant):
+    environment = {name: value for name, value in os.environ.items() if name != 'ROS_AUTOMATIC_DISCOVERY_RANGE'} | said
+    process = launched.start('sim.launch.py', 'camera:=false', environment=environment)
+    for executable in ('simulator_node', 'controller_node'):
+        pid = wait_for(lambda executable=executable: launched.pid(process, executable), what=executable)
+        assert f'ROS_AUTOMATIC_DISCOVERY_RANGE={meant}' in Path(f'/proc/{pid}/environ').read_text().split('\0')
+    assert launched.end(process) == 0
+
+
 def test_two_arms_in_two_namespaces_run_at_50_hz(launched, node, tmp_path):
     contract = patient_contract(tmp_path)
     arms = {namespace: launched.start('sim.launch.py', f'namespace:={namespace}', f'contract:={contract}', 'camera:=false')
@@ -155,14 +179,17 @@ def generate_launch_description():
     return LaunchDescription([Node(package='il_runtime', executable='simulator_node', name=LaunchConfiguration('driver'),
                                    parameters=[{'contract': LaunchConfiguration('contract'), 'camera': False}])])
 ''')
-    (tmp_path / 'more.yaml').write_text('/**/controller: {ros__parameters: {ensembling: latest, speed_scale: 70.0}}')
+    (tmp_path / 'more.yaml').write_text('/**/controller: {ros__parameters: {m: 2.0, speed_scale: 70.0}}')
     process = launched.start(
         'deploy.launch.py', 'namespace:=left', f'contract:={contract}', 'drivers:=drivers.launch.py', 'params_file:=more.yaml',
-        f'checkpoint:={save_fidgeting_policy(tmp_path / "policy", Scene())}', 'stride:=4', 'mcap:=scene.mcap', 'driver:=mine')
+        f'checkpoint:={save_fidgeting_policy(tmp_path / "policy", Scene())}', 'stride:=4',
+        'plan_when:=horizon', 'rtc:=identity', 'ensembling:=latest', 'backend:=torch', 'mcap:=scene.mcap', 'driver:=mine')
     said = statuses(node, '/left')
     armed(node, said, '/left')
     wait_for(lambda: said[-1].mode == ControllerStatus.POLICY, 60.0, 'policy')
     assert said[-1].ensembling == 'latest' and said[-1].speed_scale == 20.0  # what an argument says wins
+    assert values(node, '/left/controller', 'm', 'shadow') == [2.0, False]
+    assert values(node, '/left/policy', 'stride', 'plan_when', 'rtc', 'backend') == [4, 'horizon', 'identity', 'torch']
     expected = {(name, '/left') for name in ('controller', 'policy', 'flight_recorder', 'visualizer', 'mine')}
     wait_for(lambda: expected <= set(node.get_node_names_and_namespaces()), what='all nodes')
     assert launched.end(process) == 0
@@ -209,15 +236,10 @@ def test_a_recorder_that_ends_leaves_the_arm_alone_and_a_controller_that_ends_do
     said = statuses(node)
     armed(node, said)
     wait_for(lambda: any(name == 'recorder' for name in node.get_node_names()), 60.0, 'recorder')
-
-    def pid(executable):
-        return int(subprocess.run(['pgrep', '-f', '-g', str(process.pid), f'lib/il_runtime/{executable}'], capture_output=True,
-                                  text=True, check=True).stdout.split()[0])
-
-    os.kill(pid('recorder_node'), signal.SIGKILL)
+    os.kill(launched.pid(process, 'recorder_node'), signal.SIGKILL)
     wait_for(lambda: 'recorder_node' not in launched.left(process), what='end of the recorder')
     before = said[-1].ticks
     wait_for(lambda: said[-1].ticks > before + 100, what='the loop goes on')
     assert said[-1].mode == ControllerStatus.HOLD
-    os.kill(pid('controller_node'), signal.SIGKILL)
+    os.kill(launched.pid(process, 'controller_node'), signal.SIGKILL)
     assert process.wait(40) == 1 and launched.left(process) == ''

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from il_policies.contract import load_contract
+from il_policies.deploy import BACKENDS
+from il_policies.planner import RTC
+from il_runtime.core.ensembling import MODES
 
 ROOT = Path(__file__).parents[2]
 NODES = ROOT / 'src' / 'il_runtime' / 'il_runtime'
@@ -280,6 +283,8 @@ def test_choices_are_those_of_the_nodes():
 
     valid = choices(parsed(FILES['sim.launch.py']), LAUNCHING)
     assert valid['task'] == of('simulator_node', 'TASKS')
+    assert valid['plan_when'] == of('policy_node', 'PLAN_WHEN')
+    assert (valid['rtc'], valid['backend'], valid['ensembling']) == (list(RTC), list(BACKENDS), list(MODES))
     assert {*valid['teleop']} - {'none'} == {*of('teleop_node', 'SOURCES')} - {'keyboard'}  # which needs a terminal
 
 

@@ -48,7 +48,14 @@ SHARED = {
     'speed_scale': ('slows every motion down [%], 0 to 100; a new arm begins at 20; later: ros2 param set /controller '
                     'speed_scale 50.0', float),
     'checkpoint': ('folder written by il train, whose policy plans', None),
+    'plan_when': ('when the policy plans: every stride policy steps, as fast as it can, or when the last chunk runs out',
+                  ['stride', 'continuous', 'horizon']),
     'stride': ('policy steps from one plan to the next, 1 to 1000', int),
+    'rtc': ('real-time chunking, a new chunk continues the one that is executed; any but off wants ensembling:=latest',
+            ['off', 'vjp', 'identity', 'prefix']),
+    'ensembling': ('how the controller blends chunks that overlap', ['newest_first', 'oldest_first', 'latest', 'crossfade']),
+    'backend': ('what runs the network; auto: the fastest that the checkpoint was exported for (il export onnx), or torch',
+                ['auto', 'torch', 'onnxruntime', 'openvino']),
     'teleop': ('what a human drives the arm with: a gamepad on the topic joy, or a leader arm on leader/joint_states; the '
                'keyboard needs a terminal of its own: ros2 run il_runtime teleop_node', ['none', 'gamepad', 'leader']),
     'bags': ('folder for demonstrations, a bag each; they begin and end by the services /recorder/start_episode and '
@@ -204,8 +211,8 @@ def controller(**options) -> Node:
 
 def policy(**options) -> Node:
     """The planner, if there is a checkpoint. `ours` takes the options."""
-    return ours('policy_node', condition=unless('checkpoint', ''), checkpoint=text('checkpoint'), stride=integer('stride'),
-                **options)
+    return ours('policy_node', condition=unless('checkpoint', ''), checkpoint=text('checkpoint'),
+                plan_when=text('plan_when'), stride=integer('stride'), rtc=text('rtc'), backend=text('backend'), **options)
 
 
 def teleop() -> Node:
