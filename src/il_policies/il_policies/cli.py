@@ -414,6 +414,7 @@ BENCHMARKS = {
     'methods': 'the four policies on reach_around: same data, same budget',
     'pusht': "human demonstrations, Diffusion Policy's protocol, scores against sampler steps",
     'training': 'time of an optimiser step of each preset, fp32 and bf16',
+    'delay': 'chunks that come late: ways of switching to them, on a goal that moves',
     'inference': 'time of a chunk by PyTorch, ONNX Runtime, OpenVINO',
 }
 
