@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -99,6 +102,26 @@ def test_killed_between_two_renames_the_older_one_is_still_there(tmp_path):
     assert checkpoint.load(tmp_path / 'p').extra == EXTRA
     assert not (tmp_path / 'p').exists(), 'who reads does not stand in the way of the second rename'
     assert checkpoint.require_writable(tmp_path / 'p') == tmp_path / 'p' and checkpoint.load(tmp_path / 'p').extra == EXTRA
+
+
+def test_while_it_is_replaced_a_reader_gets_one_whole_checkpoint(tmp_path):
+    policies, done = (make_flow(0), make_flow(1)), threading.Event()
+    checkpoint.save(tmp_path / 'p', policies[0], EXTRA)
+
+    def save():
+        for policy in itertools.cycle(policies):
+            checkpoint.save(tmp_path / 'p', policy, EXTRA)
+            if done.is_set():
+                return
+
+    with ThreadPoolExecutor(1) as writer:
+        saving = writer.submit(save)
+        try:
+            hashes = {checkpoint.load(tmp_path / 'p').hash for _ in range(150)}
+        finally:
+            done.set()
+        saving.result()
+    assert hashes == {policy.hash for policy in policies}
 
 
 @pytest.mark.parametrize('place', ['/proc/none/p', 'file', 'file/p'])

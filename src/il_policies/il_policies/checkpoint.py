@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -122,9 +123,8 @@ def load(path: str | Path) -> Policy:
     """The policy of a checkpoint folder, in evaluation mode, with `extra` and `hash` set. Raises CheckpointError."""
     path = Path(path)
     try:
-        folder = present(path.absolute())
-        text = (folder / DESCRIPTION).read_text()
-        weights = (folder / WEIGHTS).read_bytes()
+        description, weights = _read(path.absolute())
+        text = description.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f'{path}: no readable checkpoint ({DESCRIPTION} and {WEIGHTS}): {error}') from None
     try:
@@ -153,6 +153,23 @@ def load(path: str | Path) -> Policy:
         raise CheckpointError(f'{path}: does not fit this version: {" ".join(str(error).split())}') from None
     policy.hash = description['hash']
     return policy.eval().requires_grad_(False)
+
+
+def _read(path: Path) -> tuple[bytes, bytes]:
+    """Description and weights of one and the same save, also while another replaces it. Raises OSError."""
+    for last in (False, False, True):
+        try:
+            # A folder that is held open stays the one it was, whatever `save` renames; only its files may go.
+            folder = os.open(present(path), os.O_RDONLY)
+            try:
+                opener = functools.partial(os.open, dir_fd=folder)
+                with open(DESCRIPTION, 'rb', opener=opener) as description, open(WEIGHTS, 'rb', opener=opener) as weights:
+                    return description.read(), weights.read()
+            finally:
+                os.close(folder)
+        except FileNotFoundError:
+            if last:
+                raise
 
 
 def _hash(description: dict) -> str:
