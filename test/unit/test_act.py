@@ -63,6 +63,18 @@ def test_loss_is_the_absolute_error_of_valid_steps_and_the_weighted_divergence()
     torch.testing.assert_close(loss['loss'], loss['l1'] + 3.0 * loss['kl'])
 
 
+def test_a_small_divergence_is_told_in_bfloat16_too():
+    policy, batch = make_act(), make_batch()
+    with torch.no_grad():
+        policy.vae.out.weight.mul_(0.005)
+        policy.vae.out.bias.zero_()
+    exact = policy.loss(batch)['kl']
+    with torch.autocast('cpu', torch.bfloat16):
+        rounded = policy.loss(batch)['kl']
+    assert rounded.dtype == torch.float32 and 0.0 < exact < 1e-3
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.0)
+
+
 def test_padded_steps_change_nothing():
     act, batch = make_act(), make_batch()
     other = {**batch, 'action': torch.where(batch['valid'][..., None], batch['action'], 1e3)}

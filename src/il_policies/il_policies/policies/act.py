@@ -156,7 +156,8 @@ class VAE(nn.Module):
         keep = torch.cat([valid.new_ones(len(chunk), len(before)), valid], dim=1)
         for layer in self.layers:
             x = layer(x, self.positions, keep)
-        mean, log_variance = self.out(x[:, 0]).chunk(2, dim=-1)
+        # In float32 under autocast too: bfloat16 leaves nothing of a small divergence, and what it leaves may be negative.
+        mean, log_variance = self.out(x[:, 0]).float().chunk(2, dim=-1)
         return mean, log_variance
 
 
