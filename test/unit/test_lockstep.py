@@ -91,16 +91,19 @@ class Stairs:
 
     def __init__(self, horizon: int = 16, slope: float = 0.0):
         self.policy = SimpleNamespace(spec=PolicySpec({'joint_positions': (6,)}, JOINTS, horizon, 1, 0.1, 0.0))
-        self.slope, self.asked = slope, []
+        self.slope, self.first, self.asked = slope, 0, []
 
     def reset(self, seed=None):
-        self.asked = []
+        self.asked, self.forgot = [], []
+
+    def forget(self):
+        self.forgot.append(len(self.asked))
 
     def plan(self, observation, start, delay=0.0):
         if not self.asked:
             self.home = observation['joint_positions'][-1]
         self.asked.append((start, delay))
-        along = (len(self.asked) - 1) * self.STAIR + self.slope * np.arange(self.policy.spec.horizon)
+        along = (len(self.asked) - 1 + self.first) * self.STAIR + self.slope * np.arange(self.policy.spec.horizon)
         return self.home + along[:, None] * (np.arange(6) == 0)
 
 
@@ -136,6 +139,16 @@ def test_who_plans_synchronously_stands_meanwhile(root, monkeypatch):
     assert turned[70] == pytest.approx(8 * 0.005)
     # A chunk that is planned while the arm stands begins when it is there.
     assert [start for start, _ in planner.asked[:3]] == pytest.approx([0.0, 1.0, 2.0])
+
+
+def test_a_chunk_that_was_refused_is_not_continued(root, monkeypatch):
+    monkeypatch.setattr(Stairs, 'STAIR', 0.1)
+    far, near = Stairs(), Stairs()
+    far.first = 3  # 0.3 rad off, where 0.15 is tolerated
+    assert not np.abs(climb(root, monkeypatch, far, stride=4)[1]).max() > 1e-6
+    assert far.forgot == list(range(8)), 'nothing is ever followed'
+    climb(root, monkeypatch, near, stride=4)
+    assert near.forgot == [0]
 
 
 def test_targets_are_held_only_for_who_waits():

@@ -137,6 +137,8 @@ def run_episode(simulation: ReachAround, planner: Planner, contract: Contract, s
             there, thinking = tick + delay * ticks_per_step, delay * spec.step_period
             observation = {name: np.stack([step[name] for step in history]) for name in spec.features}
             start = now + spec.action_offset + (thinking if execution.waits else 0.0)
+            if controller.mode == Mode.HOLD:
+                planner.forget()  # as the node does: what continues a chunk that was refused would be refused too
             positions = planner.plan(observation, start, thinking)
             due.append((there, Chunk(start, spec.step_period, positions[followed(execution, spec.horizon)], controller.epoch,
                                      len(chunks), now)))
