@@ -63,7 +63,8 @@ def call(node, service_type, name: str, request=None, timeout: float = 20.0):
 class FollowingArm:
     """An arm that is where it was told to be: real joint states at 100 Hz from the last command received."""
 
-    def __init__(self, node, contract: Path = CONTRACT, namespace: str = ''):
+    def __init__(self, node, contract: Path = CONTRACT, namespace: str = '', plans: bool = True):
+        """plans: `send` will be used; else there is no publisher of chunks, which would count as a planner."""
         from diagnostic_msgs.msg import DiagnosticArray
         from il_msgs.msg import ActionChunk, ControllerStatus
         from sensor_msgs.msg import JointState
@@ -77,7 +78,7 @@ class FollowingArm:
         """Changes what the joint states say."""
         self.commands, self.received, self.statuses, self.diagnostics, self.raw = [], [], [], [], []
         self.states = node.create_publisher(JointState, f'{namespace}joint_states', 10)
-        self.chunks = node.create_publisher(ActionChunk, f'{namespace}chunks', chunk_qos(2.0))
+        self.chunks = node.create_publisher(ActionChunk, f'{namespace}chunks', chunk_qos(2.0)) if plans else None
         self.teleop = node.create_publisher(JointState, f'{namespace}teleop', 10)
         node.create_subscription(JointState, f'{namespace}command', self._on_command, 100)
         for output in self.contract.action.outputs:

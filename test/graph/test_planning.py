@@ -166,7 +166,7 @@ def test_policies_are_exchanged_in_motion_under_new_epochs(node, nodes, tmp_path
     """The arm never stops, never leaves its limits; an epoch's followed chunks are of one policy; refusals change nothing."""
     contract = patient_contract(tmp_path, max_age=1.0)
     paths = [save_policy(tmp_path / 'a', 0.0), save_policy(tmp_path / 'b', 0.08, seed=1)]
-    arm = FollowingArm(node, contract)
+    arm = FollowingArm(node, contract, plans=False)
     chunks = []
     node.create_subscription(ActionChunk, 'chunks', chunks.append, chunk_qos())
     nodes.start('controller_node', contract=contract)
@@ -203,6 +203,33 @@ def test_policies_are_exchanged_in_motion_under_new_epochs(node, nodes, tmp_path
     nodes.stop('policy_node')
     wait_for(lambda: any(status.level == DiagnosticStatus.WARN and 'starved' in status.message
                          for array in arm.diagnostics for status in array.status), what='a controller that is starved')
+
+
+def test_a_second_planner_moves_nothing_and_is_named(node, nodes, tmp_path):
+    """Started while the arm follows another one's: the arm goes on, in its epoch, until that one is gone; then it has a turn."""
+    contract = patient_contract(tmp_path, max_age=1.0)
+    first, second = save_policy(tmp_path / 'a', 0.0), save_policy(tmp_path / 'b', 0.08, seed=1)
+    arm = FollowingArm(node, contract, plans=False)
+    chunks = []
+    node.create_subscription(ActionChunk, 'chunks', chunks.append, chunk_qos())
+    nodes.start('controller_node', contract=contract)
+    nodes.start('policy_node', contract=contract, checkpoint=first, stride=2, nice=0)
+    epoch = arm.arm()
+    wait_for(lambda: arm.mode == ControllerStatus.POLICY, 40, 'the first policy')
+    began = len(arm.statuses)
+    rogue = checkpoint.load(second).hash
+    nodes.run('rogue', '-m', 'il_runtime.policy_node', '--ros-args', '-r', '__node:=rogue', '-p', f'contract:={contract}', '-p',
+              f'checkpoint:={second}', '-p', 'stride:=1', '-p', 'nice:=0')
+    wait_for(lambda: len([chunk for chunk in chunks if chunk.policy == rogue]) > 20, 40, 'many chunks of the other')
+    assert {(status.mode, status.epoch) for status in arm.statuses[began:]} == {(ControllerStatus.POLICY, epoch)}
+    assert abs(arm.position).max() < 0.03, 'where the first one wants the arm'
+    wait_for(lambda: any(status.level == DiagnosticStatus.WARN and '2 planners on /chunks' in status.message
+                         for array in arm.diagnostics for status in array.status), what='a warning')
+    nodes.stop('policy_node')
+    wait_for(lambda: arm.mode == ControllerStatus.POLICY and abs(arm.position - 0.08).max() < 0.03, what='its turn')
+    assert arm.statuses[-1].epoch == epoch + 1
+    arm.assert_within_limits()
+    assert_one_policy_an_epoch([chunk for chunk in chunks if chunk.epoch > epoch])
 
 
 def assert_one_policy_an_epoch(chunks: list[ActionChunk]) -> None:

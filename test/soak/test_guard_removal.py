@@ -119,6 +119,8 @@ GUARDS = [Guard(file, *guard) for file, guards in {
         # --- another policy
         ('an epoch that has passed has passed', 'if chunk.epoch != self.epoch:', 'if False:'),
         ('an epoch has one policy', 'if self._policy not in (None, chunk.policy):', 'if False:'),
+        ('what has ended begins no epoch', 'if chunk.end < now:', 'if False:'),
+        ('two planners do not take turns', 'if now < self._planned_until and (count := planners()) > 1:', 'if False:'),
         ('another policy waits until it covers now', 'if self.mode == Mode.POLICY and not covered:', 'if False:'),
         ('while it waits nothing mixes', 'if self.mode != Mode.INACTIVE and self.ensembler.epoch != self.epoch:', 'if False:'),
         ('another policy far away is not followed', 'if far.any():', 'if False:'),

@@ -30,7 +30,7 @@ def test_a_hundred_exchanges_in_motion(node, nodes, tmp_path, show):
     contract = patient_contract(tmp_path, max_age=1.0)
     paths = [save_policy(tmp_path / 'a', 0.0), save_policy(tmp_path / 'b', 0.08, seed=1)]
     hashes = [checkpoint.load(path).hash for path in paths]
-    arm, chunks = FollowingArm(node, contract), []
+    arm, chunks = FollowingArm(node, contract, plans=False), []
     node.create_subscription(ActionChunk, 'chunks', chunks.append, chunk_qos())
     nodes.start('controller_node', contract=contract)
     planner = nodes.start('policy_node', contract=contract, checkpoint=paths[0], stride=2)

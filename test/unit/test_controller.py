@@ -701,3 +701,55 @@ def test_another_policy_while_held_is_followed_under_its_epoch(arm):
     arm.controller.add_chunk(arm.chunk(np.zeros(16), policy='two'), arm.t)
     arm.run(0.1)
     assert arm.mode == Mode.POLICY and arm.controller.blend.live == 1
+
+
+@pytest.mark.parametrize('late', [False, True])
+def test_two_planners_cannot_take_turns(arm, late):
+    """Both answer every epoch at once, as they do; whoever is in charge stays it, the arm goes on, and no epoch begins.
+
+    Once it falls silent, the other one has its epoch. late: even then the arm follows what has been planned to its end.
+    """
+    arm.follow(0.02 * np.arange(16), seconds=0.1)
+    epoch, clamped = arm.controller.epoch, arm.controller.clamped_ticks
+    for i in range(200):
+        for policy in ('two', 'one') if i % 2 else ('one', 'two'):
+            values = np.full(16, -0.5) if policy == 'two' else 0.2 * (arm.t + 0.1 * np.arange(16))
+            chunk = arm.chunk(arm.measured[0] - values[0] + values if policy == 'one' else values, i + 1, policy=policy)
+            if policy == 'one':
+                arm.controller.add_chunk(chunk, arm.t, lambda: 2)
+            else:
+                with pytest.raises(ChunkError, match="planned by 'two', the epoch is that of 'one', which goes on.* 2 planners"):
+                    arm.controller.add_chunk(chunk, arm.t, lambda: 2)
+        arm.run(PERIOD)
+        assert arm.mode == Mode.POLICY and arm.controller.epoch == epoch
+    assert arm.measured[0] > 0.5 and arm.controller.clamped_ticks == clamped
+    arm.run(1.0 if late else 1.6)
+    other = arm.chunk(np.full(16, arm.measured[0]), 0, policy='two')
+    with pytest.raises(ChunkError, match='goes on' if late else f'{epoch + 1} begins'):
+        arm.controller.add_chunk(other, arm.t, lambda: 2)
+    assert arm.controller.epoch == epoch + (not late)
+    if late:
+        with pytest.raises(ChunkError, match=f'{epoch + 1} begins'):
+            arm.controller.add_chunk(other, arm.t, lambda: 1)  # the other planner has left
+    arm.assert_within_limits()
+
+
+def test_a_chunk_that_has_ended_begins_no_epoch(arm):
+    arm.follow()
+    epoch = arm.controller.epoch
+    with pytest.raises(ChunkError, match='it has ended'):
+        arm.controller.add_chunk(arm.chunk(np.zeros(3), start=arm.t - 0.3, policy='two'), arm.t)
+    assert arm.controller.epoch == epoch and arm.mode == Mode.POLICY
+
+
+def test_a_new_policy_is_not_driven_out_before_its_first_chunk_is_followed(arm):
+    """The planner of before answers the new epoch first, while the new one still thinks."""
+    arm.follow()
+    with pytest.raises(ChunkError, match='begins'):
+        arm.controller.add_chunk(arm.chunk(np.full(16, arm.measured[0]), 1, policy='two'), arm.t)
+    epoch = arm.controller.epoch
+    with pytest.raises(ChunkError, match='goes on as long as there are 2'):
+        arm.controller.add_chunk(arm.chunk(np.full(16, arm.measured[0])), arm.t, lambda: 2)
+    arm.controller.add_chunk(arm.chunk(np.full(16, arm.measured[0]), policy='two'), arm.t, lambda: 2)
+    arm.run(0.1)
+    assert arm.mode == Mode.POLICY and arm.controller.epoch == epoch and arm.controller.reason.endswith('another policy')

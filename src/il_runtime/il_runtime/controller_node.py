@@ -345,6 +345,8 @@ class ControllerNode(LifecycleNode):
             level, message = DiagnosticStatus.ERROR, '; '.join(self.others)
         elif c.mode in (Mode.STOPPING, Mode.HOLD) and c.reason == STARVED:
             level, message = DiagnosticStatus.WARN, f'{c.mode.name}: starved, {c.reason}'
+        elif (planners := self._planners()) > 1:
+            level, message = DiagnosticStatus.WARN, f'{c.mode.name}: {planners} planners on {self.chunks.topic_name}; {c.reason}'
         elif c.mode == Mode.HOLD and 'refused' in c.reason or shares[1] > 5.0 or self.sim_time and self.stalled:
             level, message = DiagnosticStatus.WARN, f'{c.mode.name}: {c.reason}'
         else:
@@ -472,12 +474,15 @@ class ControllerNode(LifecycleNode):
                                     self.controller.joints)
                 observed, begins = self.clock.convert(nanoseconds(message.header.stamp), nanoseconds(message.start))
                 chunk = Chunk(begins, message.step_period, positions, message.epoch, message.sequence, observed, message.policy)
-                self.controller.add_chunk(chunk, now)
+                self.controller.add_chunk(chunk, now, self._planners)
                 if len(self.arrivals) == MAX_ARRIVALS:
                     self.arrivals.pop(next(iter(self.arrivals)))
                 self.arrivals[chunk.start, chunk.sequence] = now
                 if self.controller.follows_chunks and self.controller.mode != Mode.INACTIVE:
                     self._show('chunk', chunk)
+
+    def _planners(self) -> int:
+        return self.count_publishers(self.chunks.topic_name)
 
     def _stamp(self, message: JointState, info: dict) -> int:
         published, received = info['source_timestamp'], info['received_timestamp']

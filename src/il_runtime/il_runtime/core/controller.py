@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,8 @@ class Controller:
     new epoch, and only chunks that carry it are followed. Not thread-safe: everything is called from the loop.
 
     An epoch has one policy: the first chunk of another one is not followed, but begins a new epoch. Meanwhile the arm goes on
-    along the chunks it has, and takes up the new epoch's, and none of the old, when the first of them covers now.
+    along the chunks it has, and takes up the new epoch's, and none of the old, when the first of them covers now. Two planners
+    cannot take turns so: while there are several, whoever is in charge stays it until its chunks have ended.
 
     A shadow's commands are not sent, and the arm does what somebody else wants: at rest a shadow stands where the arm is, and
     when the arm has gone another way it begins anew there; it arms itself, and leaves a fault by itself.
@@ -101,6 +103,7 @@ class Controller:
         self._tracking_since: float | None = None
         self._lagging_since: float | None = None
         self._policy: str | None = None  # of the epoch, once it has one
+        self._planned_until = -np.inf  # when the last of its chunks ends
         self._waiting: deque[tuple[Chunk, float, float]] = deque(maxlen=MAX_WAITING)  # and when received, and its delay
         self._delays: deque[tuple[float, float]] = deque([(0.0, 0.0)], maxlen=round(2.0 * contract.control_rate))
 
@@ -124,17 +127,26 @@ class Controller:
         if self.mode != Mode.APPROACH or self._approached == 'teleop':
             self._event('released', 'released by the human')
 
-    def add_chunk(self, chunk: Chunk, now: float) -> None:
-        """Take a checked chunk that has come since the last tick. Raises ChunkError if it is of another epoch or policy."""
+    def add_chunk(self, chunk: Chunk, now: float, planners: Callable[[], int] = lambda: 1) -> None:
+        """Take a checked chunk that has come since the last tick. Raises ChunkError if it is of another epoch or policy.
+
+        planners: how many there are, asked only when a chunk is of another policy than its epoch.
+        """
         self._non_finite['chunks'] = 0
         if chunk.epoch != self.epoch:
             raise ChunkError(f'epoch {chunk.epoch}, the current one is {self.epoch}')
         if self._policy not in (None, chunk.policy):
             before = self._policy
+            words = f'planned by {chunk.policy!r}, the epoch is that of {before!r}'
+            if chunk.end < now:
+                raise ChunkError(f'{words}, and it has ended')
+            # Both would answer every new epoch with a chunk, and so have it end at once, again and again.
+            if now < self._planned_until and (count := planners()) > 1:
+                raise ChunkError(f'{words}, which goes on as long as there are {count} planners')
             self._new_epoch(goes_on=self.mode == Mode.POLICY)
-            self._policy = chunk.policy
-            raise ChunkError(f'planned by {chunk.policy!r}, the epoch is that of {before!r}: {self.epoch} begins for the other')
-        self._policy = chunk.policy
+            self._policy, self._planned_until = chunk.policy, chunk.end
+            raise ChunkError(f'{words}: {self.epoch} begins for the other')
+        self._policy, self._planned_until = chunk.policy, max(self._planned_until, chunk.end)
         # Fading in from the last tick on, it has weight at the next one already.
         arrival = chunk, max(self._last, now - self.period), self._delay(chunk.start)
         if self.mode != Mode.INACTIVE and self.ensembler.epoch != self.epoch:
@@ -412,7 +424,7 @@ class Controller:
     def _new_epoch(self, goes_on: bool = False) -> None:
         """goes_on: along the chunks of the old epoch, until the new one has its first."""
         self.epoch += 1
-        self._policy = None
+        self._policy, self._planned_until = None, -np.inf
         self._waiting.clear()
         if not goes_on:
             self.ensembler.reset(self.epoch)
