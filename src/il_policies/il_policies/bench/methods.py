@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
 from il_policies import deploy
 from il_policies.bench import COLORS, BenchError, publish, require_known
@@ -22,7 +23,7 @@ from il_policies.train import load_preset, progress_bar, train
 POLICIES = ('bc', 'act', 'diffusion', 'flow')
 
 
-def run(dataset: Path, out: Path = Path('bench_out'), policies: tuple[str, ...] = POLICIES, minutes: float = 3.0,
+def run(dataset: tyro.conf.Positional[Path], out: Path = Path('bench_out'), policies: tuple[str, ...] = POLICIES, minutes: float = 3.0,
         episodes: int = 100, stride: int = 4, seed: int = 0, threads: int = 2, presets: Path = Path('config/policies')) -> dict:
     """BC, ACT, Diffusion Policy and Flow on reach_around: same demonstrations, same training time, same starts.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import tyro
+
 from il_policies.bench import COLORS, BenchError, publish, require_known
 from il_policies.data.store import Dataset
 from il_policies.evaluate import evaluate_pusht
@@ -15,7 +17,7 @@ SAMPLER_STEPS = {'flow': ('euler_steps', (1, 2, 5, 10)), 'diffusion': ('inferenc
 """Sampling policy → the option that says how many steps a chunk takes, and those tried."""
 
 
-def run(dataset: Path, out: Path = Path('bench_out'), policies: tuple[str, ...] = ('diffusion', 'flow'), minutes: float = 15.0,
+def run(dataset: tyro.conf.Positional[Path], out: Path = Path('bench_out'), policies: tuple[str, ...] = ('diffusion', 'flow'), minutes: float = 15.0,
         episodes: int = 50, seed: int = 0, threads: int = 2, presets: Path = Path('config/policies')) -> dict:
     """PushT, seen as keypoints: the score of Diffusion Policy's protocol for each policy and number of sampler steps.
 
