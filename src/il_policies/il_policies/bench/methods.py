@@ -23,8 +23,9 @@ from il_policies.train import load_preset, progress_bar, train
 POLICIES = ('bc', 'act', 'diffusion', 'flow')
 
 
-def run(dataset: tyro.conf.Positional[Path], out: Path = Path('bench_out'), policies: tuple[str, ...] = POLICIES, minutes: float = 3.0,
-        episodes: int = 100, stride: int = 4, seed: int = 0, threads: int = 2, presets: Path = Path('config/policies')) -> dict:
+def run(dataset: tyro.conf.Positional[Path], out: Path = Path('bench_out'), policies: tuple[str, ...] = POLICIES,
+        minutes: float = 3.0, episodes: int = 100, stride: int = 4, seed: int = 0, threads: int = 2,
+        presets: Path = Path('config/policies')) -> dict:
     """BC, ACT, Diffusion Policy and Flow on reach_around: same demonstrations, same training time, same starts.
 
     Args:
