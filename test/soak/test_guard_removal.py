@@ -151,7 +151,7 @@ GUARDS = [Guard(file, *guard) for file, guards in {
         ('a fault is reset at rest', "if not self.gate.at_rest:\n            return False, 'the arm",
          "if False:\n            return False, 'the arm"),
         # --- clocks
-        ('a clock that stalls voids chunks', "        self.ensembler.clear()\n        self._event('clock'",
+        ('a clock that stalls voids chunks', "        self._forget_chunks()\n        self._event('clock'",
          "        self._event('clock'"),
         ('a clock that stalls stops the arm', "self._event('clock', '/clock stands still')", 'pass'),
         ('a clock that jumps stops the arm', "self._event('clock', '/clock jumped back')", 'pass'),
@@ -215,7 +215,8 @@ GUARDS = [Guard(file, *guard) for file, guards in {
         ('after a pause the arm is where its ramp took it', 'self.gate.pause(missed, self._runs_out)',
          'self.gate.pause(missed, ~self._runs_out)'),
         ('after a pause the arm has braked', 'self.gate.pause(missed, self._runs_out)', 'pass'),
-        ('after a pause old chunks are void', '        self.ensembler.clear()\n        if self._measured is not',
+        ('those of another policy that wait are void then, too', '        self._waiting.clear()\n\n', '\n'),
+        ('after a pause old chunks are void', '        self._forget_chunks()\n        if self._measured is not',
          '        if self._measured is not'),
         ('after a pause the mode begins anew', "self._event('overrun', 'the loop was paused')", 'pass'),
         ('after a pause an old ramp is void', "'the loop was paused')\n        self._ramp = self._stop_ramp()",

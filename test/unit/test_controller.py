@@ -753,3 +753,22 @@ def test_a_new_policy_is_not_driven_out_before_its_first_chunk_is_followed(arm):
     arm.controller.add_chunk(arm.chunk(np.full(16, arm.measured[0]), policy='two'), arm.t, lambda: 2)
     arm.run(0.1)
     assert arm.mode == Mode.POLICY and arm.controller.epoch == epoch and arm.controller.reason.endswith('another policy')
+
+
+@pytest.mark.parametrize('happens', [lambda arm: arm.controller.clock_stalled(),
+                                     lambda arm: arm.controller.tick(arm.t + 5 * PERIOD, 5)])
+def test_what_was_planned_before_a_pause_is_not_followed_after_it_by_another_policy_either(arm, happens):
+    arm.follow()
+    for sequence in range(2):
+        chunk = arm.chunk(np.full(16, arm.measured[0] + 0.05), sequence, start=arm.t + 0.2, policy='two')
+        try:
+            arm.controller.add_chunk(chunk, arm.t)
+        except ChunkError:
+            pass
+    happens(arm)
+    arm.t += 5 * PERIOD
+    arm.run(1.0)
+    assert arm.mode == Mode.HOLD, 'nothing has been planned since'
+    arm.controller.add_chunk(arm.chunk(np.full(16, arm.measured[0]), 2, policy='two'), arm.t)
+    arm.run(0.1)
+    assert arm.mode == Mode.POLICY

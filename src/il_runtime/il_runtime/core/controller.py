@@ -237,7 +237,7 @@ class Controller:
 
     def clock_stalled(self) -> None:
         """The clock stands still: come to rest when it goes on, and wait for a chunk planned since."""
-        self.ensembler.clear()
+        self._forget_chunks()
         self._event('clock', '/clock stands still')
 
     def clock_jumped(self, now: float) -> None:
@@ -429,10 +429,14 @@ class Controller:
         if not goes_on:
             self.ensembler.reset(self.epoch)
 
+    def _forget_chunks(self) -> None:
+        self.ensembler.clear()
+        self._waiting.clear()
+
     def _overrun(self, now: float, missed: int) -> None:
         """Meanwhile the arm has stood where it was last told to be, or has run out: come to rest from there."""
         self.gate.pause(missed, self._runs_out)
-        self.ensembler.clear()
+        self._forget_chunks()
         if self._measured is not None and not self._state_is_stale(self._last):
             # What was sent meanwhile is still on its way into this process: its age is what it was before the pause.
             self._measured = (self._measured[0] + now - self._last, self._measured[1])
