@@ -12,9 +12,12 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import Point, PointStamped
 from il_msgs.msg import ActionChunk, ControllerStatus
 from il_msgs.srv import LoadPolicy
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.srv import SetParameters
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, qos_profile_sensor_data
+from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 
@@ -23,7 +26,7 @@ from il_policies.contract import load_contract
 from il_policies.policies import PolicySpec
 from il_policies.policies.flow import Flow, FlowConfig
 from il_policies.policies.normalize import Normalizer
-from il_runtime.ros import STATUS_QOS, chunk_qos, nanoseconds
+from il_runtime.ros import STATUS_QOS, chunk_qos, nanoseconds, to_stamp
 from support import CONTRACT, FollowingArm, call, patient_contract, wait_for
 
 JOINTS = list(load_contract(CONTRACT).action.joints)
@@ -55,7 +58,8 @@ class Streams:
     """Everything a planner listens to, sent as declared unless a fault is set: (stream, what is done to its message)."""
 
     def __init__(self, node):
-        self.node, self.chunks, self.diagnostics, self.fault = node, [], [], ('', None)
+        self.node, self.chunks, self.diagnostics, self.fault, self.told = node, [], [], ('', None), None
+        self.now = lambda: node.get_clock().now().to_msg()
         self.publishers = {'joint_positions': node.create_publisher(JointState, 'joint_states', 10),
                            'goal': node.create_publisher(PointStamped, 'goal', 10),
                            'front': node.create_publisher(Image, 'camera/image', qos_profile_sensor_data)}
@@ -70,10 +74,12 @@ class Streams:
 
     def _show(self):
         self._send('goal', PointStamped(point=Point(x=0.28, y=0.01)))
+        if self.told is not None:
+            self.status.publish(self.told)
         self._send('front', Image(height=24, width=32, step=96, encoding='rgb8', data=bytes(24 * 96)))
 
     def _send(self, name, message):
-        message.header.stamp = self.node.get_clock().now().to_msg()
+        message.header.stamp = self.now()
         stream, change = self.fault
         if stream != name or change is not None and change(message) is not False:
             self.publishers[name].publish(message)
@@ -82,7 +88,9 @@ class Streams:
         self.diagnostics += [(time.monotonic(), status) for status in array.status if status.name.endswith('planning')]
 
     def follow(self, epoch):
-        self.status.publish(ControllerStatus(mode=ControllerStatus.HOLD, epoch=epoch, ensembling='newest_first'))
+        """The status of a controller, ten times a second from now on."""
+        self.told = ControllerStatus(mode=ControllerStatus.HOLD, epoch=epoch, ensembling='newest_first')
+        self.status.publish(self.told)
 
     def shown(self, since, level, words):
         """When diagnostics first said so after `since` [s], else None."""
@@ -265,6 +273,66 @@ def test_when_to_plan(node, nodes, tmp_path):
     assert 'must be less than the horizon of the policy, 16' in set_parameters(node, plan_when='horizon', least_horizon=16)[-1]
     wait_for(lambda: streams.shown(0, DiagnosticStatus.WARN, ['rtc is identity', 'should be latest']), what='a warning')
     assert {pair.key: pair.value for pair in streams.diagnostics[-1][1].values}['instruction'] == 'put it down'
+
+
+def test_a_clock_that_goes_back_is_no_reason_to_wait_for_it(node, nodes, tmp_path):
+    """By 1000 s, and the controller's new epoch has come before it, or never: planning goes on in the new time."""
+    time_now, clock = [1000.0], node.create_publisher(ClockMessage, '/clock', 10)
+
+    def advance():
+        time_now[0] += 0.01
+        clock.publish(ClockMessage(clock=to_stamp(round(time_now[0] * 1e9))))
+
+    node.create_timer(0.01, advance)
+    nodes.start('policy_node', contract=CONTRACT, checkpoint=save_policy(tmp_path / 'policy'), stride=2, nice=0,
+                use_sim_time='true')
+    streams = Streams(node)
+    streams.now = lambda: to_stamp(round(time_now[0] * 1e9))
+    streams.follow(1)
+    wait_for(lambda: len(streams.chunks) > 3, 40, 'chunks')
+    assert all(chunk.start.sec >= 1000 for chunk in streams.chunks)
+    time_now[0] = 10.0
+    wait_for(lambda: [chunk for chunk in streams.chunks if chunk.start.sec < 100], 5, 'chunks of the new time')
+    sequences = [chunk.sequence for chunk in streams.chunks]
+    assert sequences == list(range(len(sequences)))
+
+
+def test_a_planner_that_is_told_to_end_answers_and_ends(node, nodes, tmp_path):
+    """A policy that waits for its observations is answered for when the node is deactivated; shut down, it plans no more.
+
+    Before that, diagnostics say that the controller has gone.
+    """
+    nodes.start('policy_node', contract=CONTRACT, checkpoint=save_policy(tmp_path / 'policy'), stride=1, nice=0)
+    streams = Streams(node)
+    streams.fault = ('goal', None)
+    wait_for(lambda: streams.diagnostics, 40, 'diagnostics')
+    streams.follow(1)
+    wait_for(lambda: streams.shown(0, DiagnosticStatus.OK, ['planning']), what='planning')
+    client = node.create_client(LoadPolicy, 'policy/load_policy')
+    assert client.wait_for_service(10)
+    waits = save_policy(tmp_path / 'waits', features=('joint_positions', 'goal'))
+    answer = client.call_async(LoadPolicy.Request(checkpoint=str(waits)))
+    time.sleep(2.5)
+    assert not answer.done(), 'it must wait for its goal'
+    change = ChangeState.Request()
+    change.transition.id = Transition.TRANSITION_DEACTIVATE
+    assert call(node, ChangeState, 'policy/change_state', change).success
+    wait_for(answer.done, 2, 'an answer')
+    assert answer.result().success and answer.result().policy == checkpoint.load(waits).hash
+    streams.fault = ('', None)
+    count = len(streams.chunks)
+    change.transition.id = Transition.TRANSITION_ACTIVATE
+    assert call(node, ChangeState, 'policy/change_state', change).success
+    wait_for(lambda: len(streams.chunks) > count + 2, what='planning with the new one')
+
+    streams.told, since = None, time.monotonic()
+    wait_for(lambda: streams.shown(since, DiagnosticStatus.WARN, ['the controller is silent']), 6, 'a controller that is missed')
+    change.transition.id = Transition.TRANSITION_ACTIVE_SHUTDOWN
+    assert call(node, ChangeState, 'policy/change_state', change).success
+    time.sleep(0.3)
+    count = len(streams.chunks)
+    time.sleep(0.5)
+    assert len(streams.chunks) == count
 
 
 def random_message(rng, streams: Streams):

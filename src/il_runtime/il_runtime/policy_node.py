@@ -40,6 +40,8 @@ LEAST_PERIOD = 0.02
 """Continuous planning of a quick network begins no chunk sooner after another: the controller takes up one a tick [s]."""
 STREAMS_TIMEOUT = 5.0
 """A policy that was loaded at run time waits for its observations for so long, then it is given up [s]."""
+SILENT = 2.0
+"""A controller that tells nothing for longer is gone; it publishes its status every 0.1 s, also when /clock stands still [s]."""
 DELAY_SHARE = 0.9
 """Share of measured delays that real-time chunking allows for."""
 STAGES = {'arrival': 'capture to arrival here', 'observation': 'observation to planning', 'inference': 'inference',
@@ -95,6 +97,7 @@ class PolicyNode(LifecycleNode):
         self.contract = load_contract(self._value('contract'))
         self.lock = threading.RLock()  # over observers and status, between callbacks and the planning thread
         self.status: ControllerStatus | None = None
+        self.heard = 0.0  # when that came: monotonic [s]
         self.running, self.loading, self.instruction = False, False, ''
         self.incoming: Brain | None = None  # loaded, and about to take over
         self.problems: dict[str, str] = {}
@@ -135,6 +138,11 @@ class PolicyNode(LifecycleNode):
         self.finish()
         return super().on_deactivate(state)
 
+    def on_shutdown(self, state) -> TransitionCallbackReturn:
+        """Stop planning, from whatever state."""
+        self.finish()
+        return super().on_shutdown(state)
+
     def on_cleanup(self, state) -> TransitionCallbackReturn:
         """Give up what configure opened, so that it can be configured anew."""
         for entity, destroy in entities(self).items():
@@ -149,6 +157,7 @@ class PolicyNode(LifecycleNode):
         if getattr(self, 'running', False):
             self.running = False
             self.thread.join(timeout=5.0)
+            self._take_over(following=False)  # whoever asked for another policy gets an answer
 
     def _value(self, name: str):
         return self.get_parameter(name).value
@@ -194,7 +203,7 @@ class PolicyNode(LifecycleNode):
 
     def _on_status(self, status: ControllerStatus) -> None:
         with self.lock:
-            self.status = status
+            self.status, self.heard = status, time.monotonic()
 
     def _on_instruction(self, message: String) -> None:
         self.instruction = message.data
@@ -286,14 +295,17 @@ class PolicyNode(LifecycleNode):
     # --- planning -----------------------------------------------------------------------------------------------------
     def _plan(self) -> None:
         epoch, following, moving, sequence, due, since, began = None, False, False, 0, 0, 0, None
-        seen = 0
+        seen = now = 0
         while self.running:
             taken_over = self._take_over(following)
             if taken_over:  # it has seen nothing before
                 began = None
             with self.lock:
                 brain, status = self.brain, self.status
-            now = self.get_clock().now().nanoseconds
+            before, now = now, self.get_clock().now().nanoseconds
+            if now < before:  # the clock has gone back: what it was to do next is in a time that may be hours away
+                due, since, began, seen = now, now, None, 0
+                brain.planner.reset()
             was_following, was_moving = following, moving
             following = status is not None and status.mode in FOLLOWING
             moving = following and status.mode == ControllerStatus.POLICY
@@ -404,6 +416,8 @@ class PolicyNode(LifecycleNode):
             return DiagnosticStatus.OK, 'not active'
         if status is None:
             return DiagnosticStatus.WARN, 'waiting for a controller: nothing received on controller/status'
+        if monotonic - self.heard > SILENT:
+            return DiagnosticStatus.WARN, f'the controller is silent: its newest status came {monotonic - self.heard:.0f} s ago'
         if not following:
             return DiagnosticStatus.OK, f'waiting: the controller is not in a mode that follows chunks ({status.reason})'
         spec = brain.policy.spec
