@@ -152,6 +152,9 @@ def test_warm_start_takes_fewer_steps_and_keeps_the_mode():
     clear = x.abs() > 0.05
     assert ((warm > 0) == (x > 0))[clear].all() and (warm > 0).float().mean() > 0.97
     assert net.calls == [14, 10, 0]
+    net.calls.clear()
+    policy.predict(state, noise=noise, warm=(chunk, 0.0))
+    assert net.calls == policy.steps, 'not from step 99, where errors decide'
 
 
 def test_guided_noise_is_the_score_corrected():
@@ -250,7 +253,7 @@ def test_noise_decides_the_chunk_and_raw_units_go_in_and_out():
 
 
 def test_what_it_cannot_take_is_named():
-    for wrong, message in (({'inference_steps': 0}, 'inference_steps is 0, must be from 1 to train_steps, 100'),
+    for wrong, message in (({'inference_steps': 1}, 'inference_steps is 1, must be from 2 to train_steps, 100'),
                            ({'inference_steps': 101}, 'inference_steps is 101'), ({'clip_sample': 0.0}, 'clip_sample is 0.0')):
         with pytest.raises(ValueError, match=message):
             DiffusionConfig(**wrong)

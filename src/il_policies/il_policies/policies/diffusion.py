@@ -54,8 +54,9 @@ class DiffusionConfig:
     """The network, if backbone is transformer."""
 
     def __post_init__(self):
-        if not 1 <= self.inference_steps <= self.train_steps:
-            raise ValueError(f'inference_steps is {self.inference_steps}, must be from 1 to train_steps, {self.train_steps}')
+        # The only step of one would be 0, for which pure noise passes as an almost clean chunk.
+        if not 2 <= self.inference_steps <= self.train_steps:
+            raise ValueError(f'inference_steps is {self.inference_steps}, must be from 2 to train_steps, {self.train_steps}')
         if not self.clip_sample > 0:
             raise ValueError(f'clip_sample is {self.clip_sample}, must be > 0')
 
@@ -115,11 +116,14 @@ class Diffusion(SamplingPolicy):
 
     def sample(self, noise: Tensor, condition: Tensor, warm: tuple[Tensor, float] | None = None,
                guidance: Guidance | None = None) -> Tensor:
-        """A warm start re-noises the chunk to the step whose flow time is nearest to tau, and denoises from there."""
+        """A warm start re-noises the chunk to the step whose flow time is nearest to tau, and denoises from there.
+
+        It enters no step above the first of `steps`, for the reason that these begin there.
+        """
         if warm is None:
             return self.denoise(noise, self.steps, condition, guidance)
         chunk, tau = warm
-        enter = min(range(self.config.train_steps), key=lambda k: abs(self.flow_time(k) - tau))
+        enter = min(range(self.steps[0] + 1), key=lambda k: abs(self.flow_time(k) - tau))
         x = self.add_noise(chunk, noise, torch.full((len(chunk),), enter, device=chunk.device))
         return self.denoise(x, [enter, *(k for k in self.steps if k < enter)], condition, guidance)
 
