@@ -80,4 +80,4 @@ def test_the_command_lists_its_benchmarks(capsys):
     assert exit.value.code == 0 and all(name in shown for name in BENCHMARKS)
     with pytest.raises(SystemExit) as exit:
         main(['bench', 'speed'])
-    assert exit.value.code == 2
+    assert exit.value.code == 2 and "no benchmark 'speed'; valid: multimodal, " in capsys.readouterr().err

@@ -188,7 +188,7 @@ def test_what_cannot_be_trained_is_named(dataset):
     with pytest.raises(TrainError, match='no budget'):
         train(dataset, TrainConfig(), progress=quiet)
     for wrong, message in (({'steps': 0}, 'steps is 0'), ({'where': ('left',)}, 'field=value'),
-                           ({'ema_decay': 1.0}, 'ema_decay')):
+                           ({'ema_decay': 1.0}, 'ema_decay'), ({'ema_power': -0.75}, 'ema_power is -0.75')):
         with pytest.raises(ValueError, match=message):
             TrainConfig(**wrong)
 
@@ -209,6 +209,9 @@ def test_misspelt_settings_of_a_preset_are_named_at_any_depth(tmp_path):
         file.write_text(text)
         with pytest.raises(ContractError, match=message):
             load_preset(file)
+    for source in (None, file):
+        with pytest.raises(ContractError, match="^policy is 'pi'; valid: act"):
+            load_preset(source, 'pi')
     file.write_text('policy: flow\nunet: {down_dims: [8, 16]}\nsteps: 7')
     assert load_preset(file) == TrainConfig(FlowConfig(UNetConfig((8, 16))), steps=7)
     assert load_preset(file, 'bc') == TrainConfig(BCConfig(UNetConfig((8, 16))), steps=7), 'the argument is stronger'

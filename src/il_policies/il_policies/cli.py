@@ -421,10 +421,12 @@ BENCHMARKS = {
 
 def bench(argv: list[str]) -> None:
     """Run a benchmark: a table, JSON and a plot."""
-    if not argv or argv[0] not in BENCHMARKS:
-        print('usage: il bench NAME [--help] …\n\n' + '\n'.join(f'  {name:<12} {what}' for name, what in BENCHMARKS.items()),
-              file=sys.stderr if argv and argv[0] not in ('-h', '--help') else sys.stdout)
-        raise SystemExit(0 if argv and argv[0] in ('-h', '--help') else 2)
+    if not argv or argv[0] in ('-h', '--help'):
+        print('usage: il bench NAME [--help] …\n\n' + '\n'.join(f'  {name:<12} {what}' for name, what in BENCHMARKS.items()))
+        raise SystemExit(0 if argv else 2)
+    if argv[0] not in BENCHMARKS:
+        print(f'il: no benchmark {argv[0]!r}; valid: {", ".join(BENCHMARKS)}', file=sys.stderr)
+        raise SystemExit(2)
     module = importlib.import_module(f'il_policies.bench.{argv[0]}')
     tyro.cli(module.run, args=argv[1:], prog=f'il bench {argv[0]}')
 

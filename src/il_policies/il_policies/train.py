@@ -133,16 +133,15 @@ class TrainConfig:
                     'save_minutes'):
             if not getattr(self, key) > 0:
                 raise ValueError(f'{key} is {getattr(self, key)}, must be > 0')
-        if not 0.0 <= self.ema_decay < 1.0 or self.warmup_steps < 0:
-            raise ValueError(f'ema_decay is {self.ema_decay}, must be in [0, 1); warmup_steps is {self.warmup_steps}, '
-                             'must be at least 0')
+        if not 0.0 <= self.ema_decay < 1.0 or not self.ema_power >= 0.0 or self.warmup_steps < 0:
+            raise ValueError(f'ema_decay is {self.ema_decay}, must be in [0, 1); ema_power is {self.ema_power} and warmup_steps '
+                             f'{self.warmup_steps}, must be at least 0')
         if not 0.0 <= self.validation < 1.0 or not self.weight_decay >= 0.0:
             raise ValueError(f'validation is {self.validation}, must be in [0, 1); weight_decay is {self.weight_decay}, '
                              'must be at least 0')
         wrong = [pair for pair in self.where if '=' not in pair]
         if wrong:
             raise ValueError(f'where is {wrong}; must be field=value, such as side=left')
-
 
     @property
     def kind(self) -> str:
@@ -173,7 +172,8 @@ def load_preset(path: str | Path | None, policy: str | None = None) -> TrainConf
     data = load_yaml(path) if path is not None else {}
     kind = policy or data.get('policy', 'flow')
     if not isinstance(kind, str) or kind not in checkpoint.POLICIES:
-        raise ContractError(f'{path}: policy is {kind!r}; valid: {", ".join(checkpoint.POLICIES)}')
+        source = f'{path}: ' if policy is None else ''
+        raise ContractError(f'{source}policy is {kind!r}; valid: {", ".join(checkpoint.POLICIES)}')
     config_type = checkpoint.POLICIES[kind][1]
     own = {f.name for f in dataclasses.fields(config_type)}
     common = {f.name for f in dataclasses.fields(TrainConfig)} - {'policy'}
