@@ -6,6 +6,7 @@ samplers stay the code that was trained and tested; an exported policy is the po
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import io
@@ -83,7 +84,7 @@ def export(path: str | Path) -> dict:
             files[name] = {'file': file.name, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()}
         description = {'policy': policy.hash, 'files': files, 'torch': torch.__version__, 'max_error': {}}
         for engine in filter(installed, ENGINES):
-            error = _difference(policy, _compiled(checkpoint.load(path), temporary, files, engine, 1))
+            error = _difference(policy, _compiled(copy.deepcopy(policy), temporary, files, engine, 1))
             if not error <= TOLERANCE:
                 raise DeployError(f'{path}: actions by {engine} are {error:.2g} off those by torch (normalised), at most '
                                   f'{TOLERANCE:g} is accepted; nothing was written')
