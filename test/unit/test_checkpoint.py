@@ -117,7 +117,7 @@ def test_while_it_is_replaced_a_reader_gets_one_whole_checkpoint(tmp_path):
     with ThreadPoolExecutor(1) as writer:
         saving = writer.submit(save)
         try:
-            hashes = {checkpoint.load(tmp_path / 'p').hash for _ in range(150)}
+            hashes = {checkpoint.load(tmp_path / 'p').hash for _ in range(80)}
         finally:
             done.set()
         saving.result()
