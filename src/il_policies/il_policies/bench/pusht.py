@@ -18,8 +18,8 @@ SAMPLER_STEPS = {'flow': ('euler_steps', (1, 2, 5, 10)), 'diffusion': ('inferenc
 
 
 def run(dataset: tyro.conf.Positional[Path], out: Path = Path('bench_out'),
-        policies: tuple[str, ...] = ('diffusion', 'flow'), minutes: float = 15.0, episodes: int = 50, seed: int = 0, threads: int = 2,
-        presets: Path = Path('config/policies')) -> dict:
+        policies: tuple[str, ...] = ('diffusion', 'flow'), minutes: float = 15.0, episodes: int = 50,
+        seed: int = 0, threads: int = 2, presets: Path = Path('config/policies')) -> dict:
     """PushT, seen as keypoints: the score of Diffusion Policy's protocol for each policy and number of sampler steps.
 
     Args:
