@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from rich.console import Console
 
 from il_policies import deploy
 from il_policies.bench import COLORS, BenchError, publish, require_known
 from il_policies.data.store import Dataset
 from il_policies.lockstep import Episode, Execution, run_episodes, scenes
 from il_policies.policies import Policy
-from il_policies.train import load_preset, progress_bar, train
+from il_policies.train import load_preset, train
 
 POLICIES = ('bc', 'act', 'diffusion', 'flow')
 
@@ -51,8 +52,8 @@ def run(dataset: tyro.conf.Positional[Path], out: Path = Path('bench_out'), poli
         if not (folder / deploy.FOLDER).exists():
             deploy.export(folder)
         policy = deploy.load(folder, 'auto', threads)
-        with progress_bar(f'{kind} on reach_around') as progress:
-            done = run_episodes(policy, chosen, seed, Execution(stride=stride), lambda part, show=progress: show(part, 0, 0.0))
+        with Console(stderr=True).status(f'{kind}: {episodes} episodes'):
+            done = run_episodes(policy, chosen, seed, Execution(stride=stride))
         facts = trained.extra['training']
         rows.append({'policy': kind, 'success_%': 100.0 * float(np.mean([episode.success for episode in done])),
                      'touched_%': 100.0 * float(np.mean([episode.touched for episode in done])),

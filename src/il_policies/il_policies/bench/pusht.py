@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import tyro
+from rich.console import Console
 
 from il_policies.bench import COLORS, BenchError, publish, require_known
 from il_policies.data.store import Dataset
 from il_policies.evaluate import evaluate_pusht
 from il_policies.policies import Policy
-from il_policies.train import load_preset, progress_bar, train
+from il_policies.train import load_preset, train
 
 POLICIES = ('bc', 'act', 'diffusion', 'flow')
 SAMPLER_STEPS = {'flow': ('euler_steps', (1, 2, 5, 10)), 'diffusion': ('inference_steps', (4, 8, 16, 100))}
@@ -41,8 +42,8 @@ def run(dataset: tyro.conf.Positional[Path], out: Path = Path('bench_out'),
         policy = train(data, config, out / 'checkpoints' / f'{kind}_pusht', resume=True)
         facts = policy.extra['training']
         for sampler in _samplers(policy):
-            with progress_bar(f'{kind}, {sampler[0]} steps') as progress:
-                result = evaluate_pusht(sampler[1], episodes, progress=lambda part, show=progress: show(part, 0, 0.0))
+            with Console(stderr=True).status(f'{kind}: {episodes} episodes with {sampler[0]} sampler steps'):
+                result = evaluate_pusht(sampler[1], episodes)
             rows.append({'policy': kind, 'sampler_steps': sampler[0], 'score': result['score'],
                          'above_0.95_coverage': result['above_095_coverage'], 'steps': facts['steps'],
                          'parameters_k': facts['parameters'] / 1e3, 'training_s': facts['seconds']})
