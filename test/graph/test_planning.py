@@ -23,6 +23,7 @@ from std_msgs.msg import String
 
 from il_policies import checkpoint
 from il_policies.contract import load_contract
+from il_policies.planner import resample
 from il_policies.policies import PolicySpec
 from il_policies.policies.flow import Flow, FlowConfig
 from il_policies.policies.normalize import Normalizer
@@ -273,6 +274,21 @@ def test_when_to_plan(node, nodes, tmp_path):
     assert 'must be less than the horizon of the policy, 16' in set_parameters(node, plan_when='horizon', least_horizon=16)[-1]
     wait_for(lambda: streams.shown(0, DiagnosticStatus.WARN, ['rtc is identity', 'should be latest']), what='a warning')
     assert {pair.key: pair.value for pair in streams.diagnostics[-1][1].values}['instruction'] == 'put it down'
+
+
+def test_a_warm_start_is_where_a_slowed_down_arm_is(node, nodes, tmp_path):
+    """With tau near 1 a chunk is what is left of the one before, which is the more the slower that was played."""
+    nodes.start('policy_node', contract=CONTRACT, checkpoint=save_policy(tmp_path / 'policy'), stride=3, nice=0, tau=0.99)
+    streams = Streams(node)
+    wait_for(lambda: streams.diagnostics, 40, 'diagnostics')
+    for epoch, speed in enumerate((1.0, 0.2, 0.0), 1):
+        streams.told = ControllerStatus(mode=ControllerStatus.POLICY, epoch=epoch, speed_scale=100.0 * speed)
+        wait_for(lambda epoch=epoch: len([chunk for chunk in streams.chunks if chunk.epoch == epoch]) > 2, what='three chunks')
+        one, two = [chunk for chunk in streams.chunks if chunk.epoch == epoch][1:3]
+        passed = (nanoseconds(two.start) - nanoseconds(one.start)) * 1e-9
+        before, after = (np.array(chunk.positions).reshape(16, 6) for chunk in (one, two))
+        errors = {share: np.abs(resample(before, 0.0, share * passed, 0.1) - after).max() for share in (1.0, 0.2, 0.0)}
+        assert min(errors, key=errors.get) == speed, errors
 
 
 def test_a_clock_that_goes_back_is_no_reason_to_wait_for_it(node, nodes, tmp_path):

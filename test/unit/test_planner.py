@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -164,3 +166,35 @@ def test_rtc_after_a_new_epoch_continues_nothing():
 def test_a_policy_that_takes_no_guidance_says_so_before_it_plans(policy, mode):
     with pytest.raises(PolicyError, match='guidance'):
         Planner(policy(), rtc=mode).warm_up()
+
+
+@pytest.mark.parametrize('rtc', ['off', 'vjp'])
+@pytest.mark.parametrize('speed', [0.0, 0.2, 0.5])
+def test_of_what_is_played_slowly_more_is_left(rtc, speed):
+    """At a fifth of full speed an arm comes in 0.5 s as far as in 0.1 s, and so much of a chunk passes while one is planned."""
+    slow, full = (Planner(make_flow(), 'warm_start', seed=7, rtc=rtc) for _ in range(2))
+    for planner in (slow, full):
+        planner.plan(OBSERVATION, 10.0)
+    expected = full.plan(OBSERVATION, 10.0 + 0.5 * speed, 0.2 * speed)
+    np.testing.assert_allclose(slow.plan(OBSERVATION, 10.5, 0.2, speed), expected, atol=1e-5)
+    other = Planner(make_flow(), 'warm_start', seed=7, rtc=rtc)
+    other.plan(OBSERVATION, 10.0)
+    assert np.abs(other.plan(OBSERVATION, 10.5, 0.2) - expected).max() > 1e-3
+
+
+def test_a_chunk_that_was_played_slowly_ends_at_its_time_all_the_same():
+    guided, free = (Planner(make_flow(), 'per_chunk', seed=7, rtc=rtc) for rtc in ('vjp', 'off'))
+    for planner in (guided, free):
+        planner.plan(OBSERVATION, 10.0)
+    np.testing.assert_array_equal(guided.plan(OBSERVATION, 10.8, 0.1, 0.2), free.plan(OBSERVATION, 10.8))
+
+
+@pytest.mark.parametrize(('period', 'steps'), [(1 / 30, 4), (0.02, 7), (0.05, 3), (0.1, 3)])
+def test_whole_steps_of_a_wall_clock_are_whole_steps(period, steps):
+    """A float holds today's seconds to 2e-7 only."""
+    flow = make_flow(spec=dataclasses.replace(make_flow().spec, step_period=period))
+    wall, small = (Planner(flow, 'per_chunk', seed=7, rtc='identity') for _ in range(2))
+    for planner, start in ((wall, 1.8e9), (small, 0.0)):
+        planner.plan(OBSERVATION, start)
+    expected = small.plan(OBSERVATION, steps * period, period)
+    np.testing.assert_allclose(wall.plan(OBSERVATION, 1.8e9 + steps * period, period), expected, atol=1e-4)

@@ -62,11 +62,12 @@ class Planner:
         """Draw the next chunk from noise alone: the previous one was not followed."""
         self._previous: tuple[np.ndarray, float] | None = None
 
-    def plan(self, observation: dict[str, np.ndarray], start: float, delay: float = 0.0) -> np.ndarray:
+    def plan(self, observation: dict[str, np.ndarray], start: float, delay: float = 0.0, speed: float = 1.0) -> np.ndarray:
         """Chunk (H, D) float64 in raw units.
 
         observation: feature → (To, ...), oldest first. start: time of step 0 [s], on any clock, the same throughout an
         epoch. delay: time after `start` at which the chunk is expected to be followed, which rtc needs to know [s].
+        speed: share of full speed, in [0, 1], at which chunks are played: the arm is that much less far in the previous one.
         Raises PolicyError for observations that do not fit, or for guidance that the policy cannot take.
         """
         spec = self.policy.spec
@@ -81,25 +82,29 @@ class Planner:
             noise = torch.randn(shape, generator=self._generator)
         warm = None
         if self.noise == 'warm_start' and self._previous is not None:
-            chunk = resample(*self._previous, start, spec.step_period)
-            warm = (torch.from_numpy(chunk.astype(np.float32))[None], self.tau)
-        guidance = self._guidance(start, delay)
+            warm = (self._rest(start, speed), self.tau)
+        guidance = self._guidance(start, delay, speed)
         chunk = self.policy.predict(batch, noise=noise, warm=warm, guidance=guidance)[0].double().numpy()
         self._previous = (chunk, start)
         return chunk
 
-    def _guidance(self, start: float, delay: float) -> Guidance | None:
+    def _rest(self, start: float, speed: float) -> Tensor:
+        """What is left of the previous chunk, as it is played, on the steps of one that begins at `start`. Shape (1, H, D)."""
+        chunk, began = self._previous
+        rest = resample(chunk, 0.0, speed * (start - began), self.policy.spec.step_period)
+        return torch.from_numpy(rest.astype(np.float32))[None]
+
+    def _guidance(self, start: float, delay: float, speed: float) -> Guidance | None:
         """What a chunk that begins at `start` shall continue; None: nothing."""
         if self.rtc == 'off' or self._previous is None:
             return None
         H, period = self.policy.spec.horizon, self.policy.spec.step_period
-        # In steps, rounded up, as by both a step is lost at once; but what is a whole number of steps stays it.
-        executed = max(math.ceil((start - self._previous[1]) / period - 1e-6), 1)
-        if executed >= H or start < self._previous[1] - 1e-9:
+        passed = start - self._previous[1]
+        if _steps(passed, period) >= H or passed < -1e-9:  # a chunk ends at its time, however slowly it is played
             return None
-        late = min(max(math.ceil(delay / period - 1e-6), 0), executed, H - executed)
-        target = torch.from_numpy(resample(*self._previous, start, period).astype(np.float32))[None]
-        return Guidance(target, rtc_weights(H, late, executed), self.rtc, self.beta, late)
+        executed = max(_steps(speed * passed, period), 1)
+        late = min(max(_steps(speed * delay, period), 0), executed, H - executed)
+        return Guidance(self._rest(start, speed), rtc_weights(H, late, executed), self.rtc, self.beta, late)
 
     def warm_up(self) -> None:
         """Plan from zeros and forget it, the noise drawn too: a network's first pass is its slowest, guided and not.
@@ -112,6 +117,11 @@ class Planner:
             self.plan({name: np.zeros((spec.history, *shape)) for name, shape in spec.features.items()}, start, spec.step_period)
         self._generator.set_state(state)
         self.reset()
+
+
+def _steps(duration: float, step_period: float) -> int:
+    """Rounded up, as a step is lost at once; but what is a whole number of steps stays it, by wall clocks of 1e-7 s too."""
+    return math.ceil(duration / step_period - 1e-3)
 
 
 def resample(chunk: np.ndarray, chunk_start: float, start: float, step_period: float) -> np.ndarray:

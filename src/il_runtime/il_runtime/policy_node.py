@@ -336,7 +336,7 @@ class PolicyNode(LifecycleNode):
             if status.mode == ControllerStatus.HOLD:
                 # Nothing is followed yet. Warm-started from a chunk that was refused, the next one would be refused too.
                 brain.planner.forget()
-            self._make_chunk(brain, t, observation, epoch, sequence)
+            self._make_chunk(brain, t, observation, epoch, sequence, status.speed_scale / 100.0)
             seen, sequence = t, sequence + 1
             due = self._next_due(brain, due, now, t)
 
@@ -352,8 +352,8 @@ class PolicyNode(LifecycleNode):
         stride = self._value('stride') * period
         return due + stride * (1 + max(0, (now - due) // stride))
 
-    def _make_chunk(self, brain: Brain, t: int, observation: Observation, epoch: int, sequence: int) -> None:
-        """Plan from an observation of time t [ns], publish, and time it."""
+    def _make_chunk(self, brain: Brain, t: int, observation: Observation, epoch: int, sequence: int, speed: float) -> None:
+        """Plan from an observation of time t [ns], publish, and time it; speed: share of full speed of the arm."""
         spec = brain.policy.spec
         chunk_start = t + round(spec.action_offset * 1e9)
         began = time.monotonic()
@@ -361,7 +361,7 @@ class PolicyNode(LifecycleNode):
         delay = self.windows['delay'].quantiles(began, (DELAY_SHARE,))
         # It is taken up at the controller's next tick.
         late = (0.0 if delay is None else float(delay[0])) + 1.0 / self.contract.control_rate
-        positions = brain.planner.plan(observation.data, chunk_start * 1e-9, late)
+        positions = brain.planner.plan(observation.data, chunk_start * 1e-9, late, speed if 0.0 <= speed <= 1.0 else 1.0)
         planned = time.monotonic()
         took = round((planned - began) * 1e9)
         message = ActionChunk(step_period=spec.step_period, joint_names=list(spec.action_names), horizon=len(positions),
