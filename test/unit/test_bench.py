@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
 
-from il_policies.bench import BenchError, inference, methods, multimodal, pusht, training
+from il_policies.bench import BenchError, inference, methods, multimodal, publish, pusht, training
 from il_policies.cli import BENCHMARKS, main
 
 RNG = np.random.default_rng(3)
@@ -71,6 +72,12 @@ def test_what_cannot_be_run_is_named(call, message, tmp_path):
     with pytest.raises(BenchError, match=message):
         call(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_there_is_no_number_for_is_empty_in_the_table_and_null_in_valid_json(tmp_path, capsys):
+    publish('x', 'none', [{'policy': 'bc', 'jerk': math.nan}], tmp_path)
+    written = json.loads((tmp_path / 'x.json').read_text(), parse_constant=pytest.fail)
+    assert written['rows'] == [{'policy': 'bc', 'jerk': None}] and 'nan' not in capsys.readouterr().out
 
 
 def test_the_command_lists_its_benchmarks(capsys):

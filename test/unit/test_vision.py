@@ -232,6 +232,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         ResNet18('group').load_pretrained(file)
     with pytest.raises(ValueError, match='for network resnet18; it is small'):
         load_pretrained([ImageEncoder(TINY)], file)
+    with pytest.raises(ValueError, match='w.pth: pretrained weights are for images; it sees none'):
+        load_pretrained([], file)
 
 
 def test_resnet18_from_scratch_is_trained_whole():

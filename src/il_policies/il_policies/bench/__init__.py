@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from datetime import datetime, timezone
@@ -43,8 +44,11 @@ def require_known(names: tuple[str, ...], valid: tuple[str, ...], what: str) -> 
 def publish(name: str, budget: str, rows: list[dict], out: Path, figure=None, **more) -> dict:
     """Print the rows as a table, write `out`/NAME.json and, of a matplotlib figure, NAME.png; returns what the JSON says.
 
-    Every row has the same keys, the heads of the columns. more: goes into the JSON beside them.
+    Every row has the same keys, the heads of the columns; a NaN becomes an empty cell and null, for JSON has none. more: goes
+    into the JSON beside them.
     """
+    rows = [{head: None if isinstance(value, float) and math.isnan(value) else value for head, value in row.items()}
+            for row in rows]
     result = {'benchmark': name, 'date': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'machine': machine(),
               'budget': budget, 'rows': rows, **more}
     out.mkdir(parents=True, exist_ok=True)

@@ -244,6 +244,9 @@ class ImageTokens(Camera):
 
 def load_pretrained(encoders: Iterable[Camera], file: str | Path) -> None:
     """Begin all encoders, which must be of `network` resnet18, from a file of torchvision's weights. Raises ValueError."""
+    encoders = list(encoders)
+    if not encoders:
+        raise ValueError(f'{file}: pretrained weights are for images; it sees none')
     for encoder in encoders:
         if encoder.config.network != 'resnet18':
             raise ValueError(f'{file}: pretrained weights are for network resnet18; it is {encoder.config.network}')
