@@ -703,34 +703,43 @@ def test_another_policy_while_held_is_followed_under_its_epoch(arm):
     assert arm.mode == Mode.POLICY and arm.controller.blend.live == 1
 
 
-@pytest.mark.parametrize('late', [False, True])
-def test_two_planners_cannot_take_turns(arm, late):
-    """Both answer every epoch at once, as they do; whoever is in charge stays it, the arm goes on, and no epoch begins.
+@pytest.mark.parametrize('ends', ['starved', 'released', 'armed', 'alone'])
+def test_two_planners_cannot_take_turns(arm, ends):
+    """Both answer every epoch at once, as they do; the one in charge stays it, the arm goes on, and no epoch begins.
 
-    Once it falls silent, the other one has its epoch. late: even then the arm follows what has been planned to its end.
+    Nor does the other one get the arm after a stop, or when a human hands it back: only once it is armed anew, or the other
+    planner has left.
     """
     arm.follow(0.02 * np.arange(16), seconds=0.1)
     epoch, clamped = arm.controller.epoch, arm.controller.clamped_ticks
-    for i in range(200):
+    for i in range(100):
         for policy in ('two', 'one') if i % 2 else ('one', 'two'):
-            values = np.full(16, -0.5) if policy == 'two' else 0.2 * (arm.t + 0.1 * np.arange(16))
-            chunk = arm.chunk(arm.measured[0] - values[0] + values if policy == 'one' else values, i + 1, policy=policy)
             if policy == 'one':
-                arm.controller.add_chunk(chunk, arm.t, lambda: 2)
+                values = arm.measured[0] + 0.02 * np.arange(16)
+                arm.controller.add_chunk(arm.chunk(values, i + 1), arm.t, lambda: 2)
             else:
-                with pytest.raises(ChunkError, match="planned by 'two', the epoch is that of 'one', which goes on.* 2 planners"):
-                    arm.controller.add_chunk(chunk, arm.t, lambda: 2)
+                with pytest.raises(ChunkError, match="planned by 'two', the epoch is that of 'one', which stays.* 2 planners"):
+                    arm.controller.add_chunk(arm.chunk(np.full(16, -0.5), i + 1, policy='two'), arm.t, lambda: 2)
         arm.run(PERIOD)
         assert arm.mode == Mode.POLICY and arm.controller.epoch == epoch
-    assert arm.measured[0] > 0.5 and arm.controller.clamped_ticks == clamped
-    arm.run(1.0 if late else 1.6)
-    other = arm.chunk(np.full(16, arm.measured[0]), 0, policy='two')
-    with pytest.raises(ChunkError, match='goes on' if late else f'{epoch + 1} begins'):
-        arm.controller.add_chunk(other, arm.t, lambda: 2)
-    assert arm.controller.epoch == epoch + (not late)
-    if late:
-        with pytest.raises(ChunkError, match=f'{epoch + 1} begins'):
-            arm.controller.add_chunk(other, arm.t, lambda: 1)  # the other planner has left
+    assert arm.measured[0] > 0.2 and arm.controller.clamped_ticks == clamped
+    if ends == 'released':
+        arm.run(0.2, human=arm.measured)
+        arm.controller.release()
+        epoch += 1
+    arm.run(2.0)
+    assert arm.mode == Mode.HOLD
+    if ends == 'armed':
+        arm.controller.arm(arm.t)
+        arm.controller.add_chunk(arm.chunk(np.full(16, arm.measured[0]), policy='two'), arm.t, lambda: 2)
+        epoch += 1
+    else:
+        alone = ends == 'alone'
+        with pytest.raises(ChunkError, match=f'{epoch + 1} begins' if alone else 'which stays'):
+            arm.controller.add_chunk(arm.chunk(np.full(16, arm.measured[0]), policy='two'), arm.t, lambda: 1 if alone else 2)
+        epoch += alone
+    arm.run(0.1)
+    assert arm.controller.epoch == epoch and arm.mode == (Mode.POLICY if ends == 'armed' else Mode.HOLD)
     arm.assert_within_limits()
 
 
@@ -748,7 +757,7 @@ def test_a_new_policy_is_not_driven_out_before_its_first_chunk_is_followed(arm):
     with pytest.raises(ChunkError, match='begins'):
         arm.controller.add_chunk(arm.chunk(np.full(16, arm.measured[0]), 1, policy='two'), arm.t)
     epoch = arm.controller.epoch
-    with pytest.raises(ChunkError, match='goes on as long as there are 2'):
+    with pytest.raises(ChunkError, match='stays as long as there are 2'):
         arm.controller.add_chunk(arm.chunk(np.full(16, arm.measured[0])), arm.t, lambda: 2)
     arm.controller.add_chunk(arm.chunk(np.full(16, arm.measured[0]), policy='two'), arm.t, lambda: 2)
     arm.run(0.1)

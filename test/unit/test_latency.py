@@ -34,6 +34,16 @@ def test_one_slow_first_pass_is_forgotten():
     assert window.words(20.0).startswith('20.0 / 20.0 / 20.0 / 20.0 ms of ')
 
 
+def test_a_clock_that_goes_back_begins_anew():
+    window = Window(seconds=10.0, capacity=4)
+    for i in range(6):
+        window.add(1000.0 + i, 3.0)
+    window.add(5.0, 0.02)
+    assert window.values(5.0).tolist() == [0.02]
+    window.add(6.0, 0.03)
+    assert sorted(window.values(6.0)) == [0.02, 0.03]
+
+
 def test_memory_is_fixed():
     window = Window(seconds=1e9, capacity=16)
     for i in range(1000):

@@ -53,7 +53,7 @@ class Controller:
 
     An epoch has one policy: the first chunk of another one is not followed, but begins a new epoch. Meanwhile the arm goes on
     along the chunks it has, and takes up the new epoch's, and none of the old, when the first of them covers now. Two planners
-    cannot take turns so: while there are several, whoever is in charge stays it until its chunks have ended.
+    cannot take turns so: while there are several, the policy that was the first after arming stays.
 
     A shadow's commands are not sent, and the arm does what somebody else wants: at rest a shadow stands where the arm is, and
     when the arm has gone another way it begins anew there; it arms itself, and leaves a fault by itself.
@@ -102,8 +102,7 @@ class Controller:
         self._entered = self._last = 0.0
         self._tracking_since: float | None = None
         self._lagging_since: float | None = None
-        self._policy: str | None = None  # of the epoch, once it has one
-        self._planned_until = -np.inf  # when the last of its chunks ends
+        self._policy: str | None = None  # that is followed since arming, once there is one
         self._waiting: deque[tuple[Chunk, float, float]] = deque(maxlen=MAX_WAITING)  # and when received, and its delay
         self._delays: deque[tuple[float, float]] = deque([(0.0, 0.0)], maxlen=round(2.0 * contract.control_rate))
 
@@ -140,13 +139,14 @@ class Controller:
             words = f'planned by {chunk.policy!r}, the epoch is that of {before!r}'
             if chunk.end < now:
                 raise ChunkError(f'{words}, and it has ended')
-            # Both would answer every new epoch with a chunk, and so have it end at once, again and again.
-            if now < self._planned_until and (count := planners()) > 1:
-                raise ChunkError(f'{words}, which goes on as long as there are {count} planners')
+            # Both would answer every new epoch with a chunk, and so have it end at once, again and again. And an arm that has
+            # stopped, as one's camera has failed, must not set out again for the other.
+            if (count := planners()) > 1:
+                raise ChunkError(f'{words}, which stays as long as there are {count} planners, or until the arm is armed anew')
             self._new_epoch(goes_on=self.mode == Mode.POLICY)
-            self._policy, self._planned_until = chunk.policy, chunk.end
+            self._policy = chunk.policy
             raise ChunkError(f'{words}: {self.epoch} begins for the other')
-        self._policy, self._planned_until = chunk.policy, max(self._planned_until, chunk.end)
+        self._policy = chunk.policy
         # Fading in from the last tick on, it has weight at the next one already.
         arrival = chunk, max(self._last, now - self.period), self._delay(chunk.start)
         if self.mode != Mode.INACTIVE and self.ensembler.epoch != self.epoch:
@@ -194,6 +194,7 @@ class Controller:
         self._tracking_since = self._lagging_since = None
         self._may_approach, self.follows_chunks = approach, True
         self.arms_itself = self.shadow
+        self._policy = None
         self._new_epoch()
         self._event('arm', 'armed')
         if ramp is not None:
@@ -424,7 +425,6 @@ class Controller:
     def _new_epoch(self, goes_on: bool = False) -> None:
         """goes_on: along the chunks of the old epoch, until the new one has its first."""
         self.epoch += 1
-        self._policy, self._planned_until = None, -np.inf
         self._waiting.clear()
         if not goes_on:
             self.ensembler.reset(self.epoch)

@@ -21,7 +21,9 @@ class Window:
         self._count = 0
 
     def add(self, now: float, duration: float) -> None:
-        """A duration [s] that was measured at `now` [s], on a clock that does not go back."""
+        """A duration [s] that was measured at `now` [s]. What was measured before a clock has gone back is forgotten."""
+        if now < self._entries[(self._count - 1) % len(self._entries), 0]:
+            self._entries[:] = np.nan
         self._entries[self._count % len(self._entries)] = now, duration
         self._count += 1
 
