@@ -19,7 +19,7 @@ from il_policies.contract import ContractError
 from il_policies.data.errors import DataError
 from il_policies.data.store import ActionInfo, Dataset, DatasetInfo, Feature, create, write_episode
 from il_policies.data.windows import Windows
-from il_policies.policies import PolicyError
+from il_policies.policies import PolicyError, vision
 from il_policies.policies.act import ACTConfig
 from il_policies.policies.bc import BCConfig
 from il_policies.policies.diffusion import DiffusionConfig
@@ -347,17 +347,17 @@ def test_a_device_that_is_not_there(dataset):
 
 def test_draws_of_shares_are_the_draws_of_the_whole():
     def draws(n):
-        return [torch.rand(n), torch.randn_like(torch.empty(n, 3)), torch.randint(0, 9, (2, n, 1)), torch.randn(n, 4, 2)]
+        return [torch.rand(n), torch.randn_like(torch.empty(n, 3)), torch.randint(0, 9, (n,)), torch.randn(n, 4, 2),
+                vision.shifted(pictures[:n], 4), vision.cropped(pictures[:n], 5, 5, random=True)]
 
+    pictures = torch.arange(9 * 9, dtype=torch.uint8).view(1, 1, 9, 9, 1).expand(10, 1, 9, 9, 3)
     torch.manual_seed(1)
     whole = draws(10)
-    for share in (slice(0, 6), slice(6, 10)):
+    for share in (slice(0, 6), slice(6, 8), slice(8, 10), slice(9, 10)):
         torch.manual_seed(1)
         with SharedDraws(10, share):
             parts = draws(share.stop - share.start)
-        for part, all_of_it in zip(parts, whole):
-            axis = all_of_it.shape.index(10)
-            assert torch.equal(part, all_of_it.narrow(axis, share.start, share.stop - share.start))
+        assert all(torch.equal(part, all_of_it[share]) for part, all_of_it in zip(parts, whole, strict=True))
 
 
 def test_two_processes_give_what_one_gives(dataset, tmp_path):

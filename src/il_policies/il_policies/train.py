@@ -526,29 +526,25 @@ def join_processes(config: TrainConfig) -> Iterator[Processes]:
 class SharedDraws(TorchFunctionMode):
     """Random numbers for a share of a batch are drawn as for all of it, of which the share is kept.
 
-    The axis of the batch is the first of a drawn shape that is as long as the share.
+    The axis of the batch is the first one of whatever is drawn.
     """
 
     DRAWS = (torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like)
 
     def __init__(self, batch: int, share: slice):
         super().__init__()
-        self.batch, self.share, self.size = batch, share, share.stop - share.start
+        self.batch, self.share = batch, share
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in self.DRAWS or self.size == self.batch:
+        if func not in self.DRAWS or self.share == slice(0, self.batch):
             return func(*args, **kwargs)
-        shape = list(func(*args, **{**kwargs, 'device': 'meta'}).shape)
-        if self.size not in shape:
-            return func(*args, **kwargs)
-        axis = shape.index(self.size)
-        shape[axis] = self.batch
+        shape = self.batch, *func(*args, **{**kwargs, 'device': 'meta'}).shape[1:]
         if func in (torch.rand_like, torch.randn_like):
             drawn = func(args[0].new_empty(1).expand(shape), **kwargs)
         else:
             drawn = func(*(args[:-1] if func is torch.randint else ()), shape, **kwargs)
-        return drawn.narrow(axis, self.share.start, self.size)
+        return drawn[self.share]
 
 
 def split_episodes(episodes: list[int], config: TrainConfig) -> tuple[list[int], list[int]]:

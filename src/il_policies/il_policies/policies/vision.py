@@ -268,7 +268,7 @@ def shifted(images: Tensor, most: int) -> Tensor:
     What moves in at an edge repeats the edge.
     """
     B, T, h, w, _ = images.shape
-    down, right = torch.randint(-most, most + 1, (2, B, 1), device=images.device)
+    down, right = torch.randint(-most, most + 1, (B, 2), device=images.device).split(1, dim=1)
     rows = (torch.arange(h, device=images.device) - down).clamp(0, h - 1)      # (B, h)
     columns = (torch.arange(w, device=images.device) - right).clamp(0, w - 1)  # (B, w)
     return _gathered(images, rows, columns)
