@@ -203,7 +203,7 @@ def test_presets_are_valid(preset, root):
 def test_misspelt_settings_of_a_preset_are_named_at_any_depth(tmp_path):
     file = tmp_path / 'p.yaml'
     for text, message in (('policy: flow\nunet: {down_dim: [8]}', 'unet.down_dim is not a known key.*valid: activation'),
-                          ('policy: bc\neuler_steps: 3', 'euler_steps is not a known key'),
+                          ('policy: bc\neuler_steps: 3', 'p.yaml, policy bc: euler_steps is not a known key'),
                           ('policy: pi', "policy is 'pi'; valid: act, bc, diffusion, flow"),
                           ('batch_size: many', 'batch_size.*many'), ('batch_size: 0', 'batch_size is 0')):
         file.write_text(text)

@@ -178,7 +178,7 @@ def load_preset(path: str | Path | None, policy: str | None = None) -> TrainConf
     config_type = checkpoint.POLICIES[kind][1]
     own = {f.name for f in dataclasses.fields(config_type)}
     common = {f.name for f in dataclasses.fields(TrainConfig)} - {'policy'}
-    _refuse_unknown(TrainConfig, {key: value for key, value in data.items() if key not in own}, path, own)
+    _refuse_unknown(TrainConfig, {key: value for key, value in data.items() if key not in own}, f'{path}, policy {kind}', own)
     _refuse_unknown(config_type, {key: value for key, value in data.items() if key in own}, path)
     algorithm = from_dict(config_type, {key: data[key] for key in data if key in own}, str(path))
     config = from_dict(TrainConfig, {key: data[key] for key in data if key in common}, str(path))

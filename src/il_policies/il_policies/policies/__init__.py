@@ -14,7 +14,7 @@ from il_policies.policies.guidance import Guidance
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.transformer import Transformer
 from il_policies.policies.unet import UNet
-from il_policies.policies.vision import ImageEncoder
+from il_policies.policies.vision import Camera, ImageEncoder
 
 
 class PolicyError(ValueError):
@@ -77,9 +77,9 @@ class Policy(nn.Module):
         if spec.images and config.vision.frames > spec.history:
             raise PolicyError(f'{self.kind}: vision.frames is {config.vision.frames}, must be at most the history, '
                               f'{spec.history}')
-        self.encoders = nn.ModuleList(ImageEncoder(config.vision) for _ in spec.images)
         self.spec = spec
         self.config = config
+        self.encoders = nn.ModuleList(self.encoder(spec.features[name]) for name in spec.images)
         self.normalizer = normalizer
         self.hash = ''
         """Content hash of the checkpoint it was loaded from or saved to; empty before."""
@@ -87,6 +87,10 @@ class Policy(nn.Module):
         """What runs its networks; see deploy.py."""
         self.extra: dict = {}
         """What its checkpoint says besides: contract, contract_hash, dataset_hash, training."""
+
+    def encoder(self, shape: tuple[int, ...]) -> Camera:
+        """A new network that looks at the images of one camera, of shape (h, w, 3)."""
+        return ImageEncoder(self.config.vision)
 
     @property
     def condition_size(self) -> int:

@@ -209,7 +209,6 @@ class ACT(Policy):
         except ValueError as error:
             raise PolicyError(f'act: {error}') from None
         super().__init__(spec, config, normalizer)
-        self.encoders = nn.ModuleList(ImageTokens(config.vision, spec.features[name][:2], config.width) for name in spec.images)
         H, D = spec.horizon, len(spec.action_names)
         if config.latent_sampling == 'normal' and H * D < config.latent:
             raise PolicyError(f'act: latent is {config.latent}; to be drawn from the noise of a chunk it must be at most '
@@ -217,6 +216,9 @@ class ACT(Policy):
         self.state_size = spec.history * sum(spec.features[name][0] for name in spec.lowdim)
         self.vae = VAE(self.state_size, D, H, config)
         self.net = ACTNet(self.state_size, list(self.encoders), D, H, config)
+
+    def encoder(self, shape: tuple[int, ...]) -> ImageTokens:
+        return ImageTokens(self.config.vision, shape[:2], self.config.width)
 
     def loss(self, batch: dict) -> dict[str, Tensor]:
         """'loss' = 'l1', the mean absolute error over valid steps, + kl_weight · 'kl', the divergence summed over z."""
