@@ -234,6 +234,9 @@ def test_a_second_planner_moves_nothing_and_is_named(node, nodes, tmp_path):
     assert abs(arm.position).max() < 0.03, 'where the first one wants the arm'
     wait_for(lambda: any(status.level == DiagnosticStatus.WARN and '2 planners on /chunks' in status.message
                          for array in arm.diagnostics for status in array.status), what='a warning')
+    answer = call(node, LoadPolicy, 'policy/load_policy', LoadPolicy.Request(checkpoint=str(second)))
+    assert not answer.success and 'there are 2 planners on /chunks' in answer.message
+    assert {(status.mode, status.epoch) for status in arm.statuses[began:]} == {(ControllerStatus.POLICY, epoch)}
     nodes.stop('policy_node')
     wait_for(lambda: arm.mode == ControllerStatus.POLICY and abs(arm.position - 0.08).max() < 0.03, what='its turn')
     assert arm.statuses[-1].epoch == epoch + 1

@@ -246,6 +246,9 @@ class PolicyNode(LifecycleNode):
 
     async def _exchange(self, source: str) -> str:
         """Why it failed, or ''."""
+        planners = self.count_publishers(self.chunks.topic_name)
+        if planners > 1:  # the controller would refuse its chunks, and the arm stop for want of the old one's
+            return f'there are {planners} planners on {self.chunks.topic_name}; a policy is exchanged by the only one'
         loaded = Future(executor=self.executor)
 
         def load() -> None:
