@@ -27,7 +27,9 @@ from il_runtime.ros import be_nice, declare, message_class
 from il_runtime.tap import Tap
 
 DISCOVERY_S = 1.5
-"""Until the others are known [s]."""
+"""Between two looks at who is there, until they agree [s]."""
+ALONE_S = 4.5
+"""Until it is believed that nobody is there: who missed our first announcements hears the next one after 3 s."""
 OURS = QoSProfile(depth=1, deadline=Infinite, liveliness_lease_duration=Infinite)
 """QoS of the controller's outputs, as the graph would show it: what is not set is infinite there."""
 RECORDERS = ('recorder', 'flight_recorder', 'rosbag2_recorder')
@@ -111,7 +113,10 @@ def main() -> None:
             while time.monotonic() < end:
                 executor.spin_once(timeout_sec=max(end - time.monotonic(), 0.0))
 
-        spin(DISCOVERY_S)
+        alone, known = time.monotonic() + ALONE_S, None
+        while known != (known := node.get_topic_names_and_types()) or (
+                len(node.get_node_names()) == 1 and time.monotonic() < alone):
+            spin(DISCOVERY_S)
         node.listen()
         spin(node.seconds)
         node.tap.take()
