@@ -10,6 +10,7 @@ from il_policies import checkpoint, deploy
 from il_policies.deploy import DeployError
 from il_policies.policies import PolicySpec
 from il_policies.policies.bc import BC, BCConfig
+from il_policies.policies.diffusion import Diffusion, DiffusionConfig
 from il_policies.policies.flow import Flow, FlowConfig
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.unet import UNetConfig
@@ -48,6 +49,17 @@ def test_chunks_are_those_of_torch(exported, batch):
     assert (fast.backend, eager.backend) == ('onnxruntime', 'torch')
     torch.testing.assert_close(fast.predict(observations(batch), noise=noise), eager.predict(observations(batch), noise=noise),
                                rtol=0.0, atol=1e-4)
+
+
+def test_a_sampler_that_draws_at_every_step_is_compared_with_the_same_draws():
+    config = DiffusionConfig(unet=UNET, vision=VISION, sampler='ddpm', inference_steps=5)
+    policy, twin = (Diffusion(SPEC, config, make('flow').normalizer).eval() for _ in range(2))
+    twin.load_state_dict(policy.state_dict())
+    before = torch.get_rng_state()
+    assert deploy._difference(policy, twin) == 0.0 and torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        next(twin.net.parameters()).add_(1.0)
+    assert deploy._difference(policy, twin) > deploy.TOLERANCE
 
 
 def test_a_network_without_time_is_exported_too(tmp_path):

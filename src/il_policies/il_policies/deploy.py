@@ -217,7 +217,11 @@ def _difference(one: Policy, other: Policy) -> float:
     for batch in (1, 1, 3):
         observation = _observation(one, batch, generator)
         noise = torch.randn((batch, one.spec.horizon, len(one.spec.action_names)), generator=generator)
-        chunks = [policy.normalizer.normalize('action', policy.predict(observation, noise=noise)) for policy in (one, other)]
+        chunks = []
+        for policy in (one, other):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(batch)  # DDPM draws at every step
+                chunks.append(policy.normalizer.normalize('action', policy.predict(observation, noise=noise)))
         worst = max(worst, float((chunks[0] - chunks[1]).abs().max()))
     return worst
 
