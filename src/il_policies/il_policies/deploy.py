@@ -1,4 +1,4 @@
-"""Deployment: a checkpoint's networks as ONNX files, run by ONNX Runtime or OpenVINO, several times faster than eager PyTorch.
+"""Deployment: a checkpoint's networks as ONNX files, run by ONNX Runtime or OpenVINO, at two to three times the speed of PyTorch.
 
 Only the networks are exported, each as a graph of its own: encoders run once a chunk, the network of a sampler once a step. The
 samplers stay the code that was trained and tested; an exported policy is the policy with other `net` and `encoders`.

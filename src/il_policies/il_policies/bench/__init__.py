@@ -59,7 +59,10 @@ def publish(name: str, budget: str, rows: list[dict], out: Path, figure=None, **
     for row in rows:
         table.add_row(*(f'{value:.4g}' if isinstance(value, float) else '' if value is None else str(value)
                         for value in row.values()))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or pipe has no width
+        console.width = 160
+    console.print(table)
     written = [f'{name}.json']
     if figure is not None:
         figure.savefig(out / f'{name}.png', dpi=110)
