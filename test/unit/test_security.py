@@ -60,7 +60,7 @@ def dangers(text: str) -> list[str]:
             found.append(name)
         if re.fullmatch(r'yaml\.((full|unsafe)_)?load(_all)?', name) and given.get('Loader') != '_Loader':  # looked at below
             found.append(name)
-        if name == 'torch.load' and given.get('weights_only') != 'True':
+        if name == 'torch.load':  # an unpickler, even with weights_only
             found.append(name)
         if name in ('np.load', 'numpy.load') and given.get('allow_pickle', 'False') != 'False':
             found.append(name)
@@ -70,7 +70,7 @@ def dangers(text: str) -> list[str]:
 @pytest.mark.parametrize('text', [
     'import pickle', 'from dill import load', 'import joblib.memory', 'eval(x)', 'exec(x)', 'import os\nos.system(x)',
     'yaml.load(x)', 'yaml.load(x, Loader=yaml.Loader)', 'yaml.unsafe_load(x)', 'torch.load(x)',
-    'torch.load(x, weights_only=False)', 'np.load(x, allow_pickle=True)', 'subprocess.run(x, shell=True)', 'call(x, shell=y)'])
+    'torch.load(x, weights_only=True)', 'np.load(x, allow_pickle=True)', 'subprocess.run(x, shell=True)', 'call(x, shell=y)'])
 def test_the_scan_finds(text):
     assert dangers(text)
 

@@ -187,11 +187,10 @@ def resnet_weights() -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-def test_resnet18_is_torchvisions(suffix, tmp_path):
+def test_resnet18_is_torchvisions(tmp_path):
     """The numbers at the end are those of torchvision 0.28's resnet18 with these weights, without avgpool and fc."""
-    file = tmp_path / f'resnet18{suffix}'
-    (torch.save if suffix == '.pth' else save_file)(resnet_weights(), file)
+    file = tmp_path / 'resnet18.safetensors'
+    save_file(resnet_weights(), file)
     network = ResNet18('frozen_batch').train()  # frozen in training too
     network.load_pretrained(file)
     x = torch.sin(0.013 * torch.arange(2 * 3 * 70 * 90)).reshape(2, 3, 70, 90)
@@ -219,14 +218,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match='w.pth: no weights can be read'):
         ResNet18('frozen_batch').load_pretrained(file)
     torch.save({'conv1.weight': Attack(tmp_path / 'canary')}, file)
-    with pytest.raises(ValueError, match='w.pth: no weights can be read'):
+    with pytest.raises(ValueError, match='w.pth: no weights can be read: .*; must be safetensors'):
         ResNet18('frozen_batch').load_pretrained(file)
     assert not (tmp_path / 'canary').exists(), 'a file of weights runs no code'
-    torch.save({'conv1.weight': torch.zeros(64, 3, 7, 7)}, file)
+    save_file({'conv1.weight': torch.zeros(64, 3, 7, 7)}, file)
     with pytest.raises(ValueError, match='w.pth: is no resnet18: .*bn1.weight'):
-        ResNet18('frozen_batch').load_pretrained(file)
-    torch.save([1, 2], file)
-    with pytest.raises(ValueError, match='holds a list'):
         ResNet18('frozen_batch').load_pretrained(file)
     with pytest.raises(ValueError, match='need norm frozen_batch; it is group'):
         ResNet18('group').load_pretrained(file)

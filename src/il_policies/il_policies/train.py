@@ -113,7 +113,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of weights, batches and noise."""
     pretrained: Path | None = None
-    """Weights of torchvision's ResNet-18 trained on ImageNet, .pth or .safetensors, for --vision.network resnet18 with
+    """Weights of torchvision's ResNet-18 trained on ImageNet, as safetensors, for --vision.network resnet18 with
     --vision.norm frozen_batch; none: from scratch."""
     device: Literal['auto', 'cpu', 'cuda'] = 'auto'
     """Where to compute; auto: on a GPU if there is one."""

@@ -236,8 +236,10 @@ def run(out: Path = Path('bench_out'), methods: tuple[str, ...] = tuple(METHODS)
         contract: The simulated robot.
     """
     require_known(methods, tuple(METHODS), 'methods')
-    if 'naive' not in methods or not delays or not all(0 <= delay <= MAX_DELAY for delay in delays):
-        raise BenchError(f'methods are {", ".join(methods)}, must have naive; delays are {delays}, must be from 0 to {MAX_DELAY}')
+    if 'naive' not in methods:
+        raise BenchError(f'methods are {", ".join(methods)}, must have naive')
+    if not delays or not all(0 <= delay <= MAX_DELAY for delay in delays):
+        raise BenchError(f'delays are {", ".join(map(str, delays)) or "none"}, must be from 0 to {MAX_DELAY}')
     if not minutes > 0.0 or episodes < 2 or demonstrations < 2 or processes < 1:
         raise BenchError(f'minutes is {minutes:g}, must be > 0; episodes is {episodes} and demonstrations {demonstrations}, must '
                          f'be at least 2; processes is {processes}, must be at least 1')

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -137,7 +138,7 @@ class ResNet18(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def load_pretrained(self, file: str | Path) -> None:
-        """Take the weights of torchvision's resnet18 from a .pth or .safetensors file; its classifier is left out.
+        """Take the weights of torchvision's resnet18 from a safetensors file; its classifier is left out.
 
         Raises ValueError for group normalisation, which these weights do not fit, a file that cannot be read, or one that
         holds another network.
@@ -146,12 +147,10 @@ class ResNet18(nn.Module):
         if self.norm != 'frozen_batch':
             raise ValueError(f'{file}: weights of ImageNet need norm frozen_batch; it is {self.norm}')
         try:
-            weights = (load_file(file) if file.suffix == '.safetensors'
-                       else torch.load(file, map_location='cpu', weights_only=True))
-        except Exception as error:  # torch raises whatever type its reader runs into
-            raise ValueError(f'{file}: no weights can be read: {" ".join(str(error).split())[:300]}') from None
-        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise ValueError(f'{file}: holds a {type(weights).__name__}, must be a mapping of names to tensors')
+            weights = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f'{file}: no weights can be read: {error}; must be safetensors (a .pth, which is a pickle: load it '
+                             'where you trust it, and save it with safetensors.torch.save_file)') from None
         weights = {name: value for name, value in weights.items()
                    if not name.startswith('fc.') and not name.endswith('.num_batches_tracked')}
         try:
