@@ -254,6 +254,29 @@ def test_k_and_k_steps_are_2k_steps_bit_for_bit(policy, dataset, tmp_path):
     assert train(dataset, config, tmp_path / 'p', killed_at(1), resume=True).hash == checkpoint.load(tmp_path / 'p').hash
 
 
+def test_what_a_run_left_is_not_overwritten_unless_told(dataset, tmp_path):
+    config = TrainConfig(FlowConfig(SMALL), horizon=8, steps=4, threads=1, validation=0.25, save_steps=1)
+    finished = train(dataset, config, tmp_path / 'p', quiet)
+    files = {file: file.read_bytes() for file in (tmp_path / 'p').rglob('*') if file.is_file()}
+    assert len(files) == 4, 'with the best'
+    for seed in (0, 1):
+        with pytest.raises(TrainError, match=r'p: holds a checkpoint; give another folder, or begin anew.*--overwrite'):
+            train(dataset, dataclasses.replace(config, seed=seed), tmp_path / 'p', killed_at(1))
+    with pytest.raises(TrainError, match='resume.*overwrite.*one of them'):
+        train(dataset, config, tmp_path / 'p', quiet, resume=True, overwrite=True)
+    assert {file: file.read_bytes() for file in (tmp_path / 'p').rglob('*') if file.is_file()} == files
+    again = dataclasses.replace(config, seed=1)
+    with pytest.raises(Killed):
+        train(dataset, again, tmp_path / 'p', killed_at(3), overwrite=True)
+    assert checkpoint.load(tmp_path / 'p').extra['training']['steps'] == 2
+    with pytest.raises(TrainError, match='holds a training that is not finished; go on with it'):
+        train(dataset, again, tmp_path / 'p', quiet)
+    anew = train(dataset, again, tmp_path / 'p', quiet, overwrite=True)
+    expected = train(dataset, again, progress=quiet)
+    assert all(torch.equal(a, b) for a, b in zip(anew.parameters(), expected.parameters())), 'nothing of the run before is left'
+    assert anew.hash != finished.hash and checkpoint.load(tmp_path / 'p').hash == anew.hash
+
+
 def test_what_does_not_fit_is_not_gone_on_with(dataset, tmp_path):
     config = TrainConfig(FlowConfig(SMALL), horizon=8, steps=20, save_steps=5, threads=1)
     with pytest.raises(Killed):

@@ -325,7 +325,8 @@ def train(argv: list[str]) -> None:
         arguments = tyro.cli(TrainCommand, args=argv, prog='il train', config=(tyro.conf.AvoidSubcommands,), default=defaults)
     except ValueError as error:  # a number that is out of range
         raise TrainError(str(error)) from None
-    policy = train(Dataset(arguments.dataset), arguments.config, arguments.out, resume=arguments.resume)
+    policy = train(Dataset(arguments.dataset), arguments.config, arguments.out, resume=arguments.resume,
+                   overwrite=arguments.overwrite)
     facts = policy.extra['training']
     if not policy.hash:  # the first of several processes saves and tells
         return

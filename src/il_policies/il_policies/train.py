@@ -157,7 +157,7 @@ class TrainCommand:
     dataset: tyro.conf.Positional[Path]
     """Dataset to learn from."""
     out: Path
-    """Checkpoint folder to write; a finished checkpoint there is replaced."""
+    """Checkpoint folder to write."""
     config: Annotated[TrainConfig, tyro.conf.arg(name='')]
     """Everything else."""
     policy: Literal[tuple(checkpoint.POLICIES)] = 'flow'
@@ -166,6 +166,8 @@ class TrainCommand:
     """YAML file that changes the defaults below, such as config/policies/flow.yaml; --help then shows the new ones."""
     resume: bool = False
     """Go on with the training at --out that was interrupted; begin where there is none."""
+    overwrite: bool = False
+    """Begin anew where there is a checkpoint at --out, finished or not: the first save, also that of Ctrl-C, replaces it."""
 
 
 def load_preset(path: str | Path | None, policy: str | None = None) -> TrainConfig:
@@ -198,22 +200,26 @@ def _refuse_unknown(config_type: type, data: dict, path: str | Path | None, besi
 
 
 def train(dataset: Dataset, config: TrainConfig, output: str | Path | None = None,
-          progress: Callable[[float, int, float], None] | None = None, resume: bool = False) -> Policy:
+          progress: Callable[[float, int, float], None] | None = None, resume: bool = False,
+          overwrite: bool = False) -> Policy:
     """Train a policy, save it as a checkpoint at `output` (None: do not), and return it in evaluation mode.
 
     progress: called every step with the fraction of the budget spent, the step and its loss; None: a bar on stderr.
     resume: go on with the run at `output`, if there is one; on a CPU the result is bit for bit that of a run without a stop.
+    overwrite: begin anew, whatever checkpoint is at `output`, which the first save replaces; else it is left as it is.
     Saves now and then, and when interrupted or terminated, then raises KeyboardInterrupt.
     Raises DataError, PolicyError, TrainError, CheckpointError.
     """
     if config.steps is None and config.minutes is None:
         raise TrainError('no budget: give steps or minutes')
+    if resume and overwrite:
+        raise TrainError('resume goes on with what is there, overwrite begins anew: give one of them')
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(join_processes(config))
         saved = None
         if output is not None:
             output = checkpoint.require_writable(output) if processes.first else Path(output).absolute()
-            saved = saved_run(output, dataset, config, resume)
+            saved = None if overwrite else saved_run(output, dataset, config, resume)
             if processes.total(saved is not None) not in (0, processes.count):
                 raise TrainError(f'{output}: not all processes find it; --out must be in a folder that all machines share')
             if saved is not None and saved.finished:
@@ -411,17 +417,15 @@ class SavedRun:
 def saved_run(output: Path, dataset: Dataset, config: TrainConfig, resume: bool) -> SavedRun | None:
     """The run at `output` to go on with; None: begin.
 
-    Raises TrainError if there is one but is not to be resumed, or does not fit: each field that differs is named.
+    Raises TrainError if there is a checkpoint that is not to be resumed, or does not fit: each field that differs is named.
     """
     folder = checkpoint.present(output)
     if not (folder / checkpoint.DESCRIPTION).exists():
         return None
     unfinished = (folder / STATE[1]).exists()
     if not resume:
-        if unfinished:
-            raise TrainError(f'{output}: holds a training that is not finished; go on with it (--resume), remove it, or give '
-                             'another folder')
-        return None
+        raise TrainError(f'{output}: holds ' + ('a training that is not finished; go on with it (--resume)' if unfinished
+                         else 'a checkpoint') + '; give another folder, or begin anew in its place (--overwrite)')
     average = checkpoint.load(output)
     facts = average.extra.get('training', {})
     if not unfinished and not facts.get('finished'):
