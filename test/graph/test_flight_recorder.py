@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from il_msgs.msg import ControllerStatus
 from rosbags.highlevel import AnyReader
@@ -19,6 +20,12 @@ from il_policies.bags.reader import Bag, find_bags
 from il_policies.bags.writer import BagWriter, standard_types
 from il_policies.contract import load_contract
 from il_policies.data.convert import convert
+from il_policies.policies import PolicySpec
+from il_policies.policies.bc import BC, BCConfig
+from il_policies.policies.normalize import Normalizer
+from il_policies.policies.unet import UNetConfig
+from il_policies.policies.vision import VisionConfig
+from il_policies.replay import replay
 from il_runtime.flight_recorder_node import remove_oldest
 from robot import SIM_START, Robot, stamp_of
 from support import ROOT, call, wait_for
@@ -117,6 +124,75 @@ def test_each_event_gives_a_bag_of_the_whole_window(recorder, robot, tmp_path, c
         assert reader.message_count == len(list(Bag(path).messages()))
     (report,) = convert([path], None, tmp_path / 'dataset', jobs=1)
     assert not report.refused and report.details['success'] is None and report.details['rows'] >= 10 * (SECONDS - 0.5)
+
+
+def small_policy(contract, **features: tuple[int, ...]) -> BC:
+    """An untrained policy that sees these, one second ahead."""
+    torch.manual_seed(0)
+    spec = PolicySpec(features, contract.action.joints, 10, 2, contract.step_period, contract.action_offset)
+    rng = np.random.default_rng(0)
+    data = {name: rng.uniform(0, 1, (20, 6)).astype(np.float32) for name in ('joint_positions', 'action')}
+    vision = VisionConfig(channels=(8,), keypoints=4, size=8)
+    return BC(spec, BCConfig(UNetConfig((16, 32)), vision=vision), Normalizer.fit(data)).eval()
+
+
+def test_a_policy_can_be_tried_on_what_it_wrote(recorder, robot):
+    """What the replay says of chunks and errors, computed anew from what the robot sent and when the recorder received it."""
+    robot, contract = robot(), load_contract(CONTRACT)
+    recorder.start()
+    filled(recorder, robot)
+    robot.enter(ControllerStatus.FAULT)
+    path = recorder.bag('fault')
+    policy = small_policy(contract, joint_positions=(6,))
+    result = replay(Bag(path), policy, contract, stride=2)
+
+    with AnyReader([path]) as reader:  # by another library
+        seen = [(connection.topic, received, reader.deserialize(data, connection.msgtype))
+                for connection, received, data in reader.messages() if connection.topic in ('/joint_states', '/command')]
+    received = np.array([at for _, at, _ in seen])
+    first, least = received[0], round(2 * contract.step_period * S)
+    starts = np.round(result.starts * S).astype(np.int64) + first
+    assert result.starts[0] < 0.05 and result.refused == {}
+    assert len(starts) >= (SECONDS - 0.5) / (2 * contract.step_period)
+    for start, following in zip(starts, [*starts[1:], None]):
+        later = received[received >= start + least]
+        assert following == (later[0] if len(later) else None), 'with the first message that comes when two steps have passed'
+
+    def sent(topic: str) -> tuple[np.ndarray, np.ndarray]:
+        """Stamps [ns] and positions of all joints [rad] of what the robot sent and the bag holds."""
+        stamps = np.array(robot.sent[topic])
+        inside = np.isin(stamps, [stamp_of(message) for name, _, message in seen if name == topic])
+        assert inside.sum() == sum(name == topic for name, _, _ in seen)
+        return stamps[inside], robot.every[topic] * np.flatnonzero(inside) * 1e-3
+
+    (joint_stamps, joints), (command_stamps, commands) = sent('/joint_states'), sent('/command')
+    arrived = {stamp_of(message): at for name, at, message in seen if name == '/joint_states'}
+    done = np.full((len(starts), 10), np.nan)
+    for i, start in enumerate(starts):
+        newest = [max(stamp for stamp in joint_stamps if stamp <= max(start - back, starts[0]) and arrived[stamp] <= start)
+                  for back in (S // 10, 0)]
+        positions = joints[np.searchsorted(joint_stamps, newest)]
+        observation = {'joint_positions': torch.tensor(positions, dtype=torch.float32)[None, :, None].expand(1, 2, 6)}
+        np.testing.assert_allclose(result.planned[i], policy.predict(observation)[0].numpy(), atol=1e-5)
+        for step in range(10):
+            due = start + step * S // 10
+            within = commands[(command_stamps >= due) & (command_stamps < due + S // 10)]
+            before = commands[(command_stamps < due) & (command_stamps >= due - contract.action.max_age * S)]
+            if len(within) or len(before):
+                done[i, step] = within[0] if len(within) else before[-1]
+    known = np.isfinite(done)
+    assert known[:-6].all() and not known[-1].all(), 'the end of the bag is not what the last chunks are compared with'
+    np.testing.assert_allclose(result.done, np.repeat(done[:, :, None], 6, axis=2), atol=1e-6)
+    errors = [result.planned[i, 3, 0] - done[i, 3] for i in range(len(starts)) if known[i, 3]]
+    assert result.rms()[3, 0] == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-3)
+
+    seeing = replay(Bag(path), small_policy(contract, joint_positions=(6,), front=(96, 96, 3)), contract, stride=2)
+    with AnyReader([path]) as reader:
+        first = next(at for connection, at, _ in reader.messages()
+                     if connection.topic in ('/joint_states', '/command', '/camera/image/compressed'))
+    frames = np.array(robot.sent['/camera/image/compressed'])
+    begun = np.round(seeing.starts * S).astype(np.int64) + first
+    assert len(begun) >= 5 and np.abs(begun[:, None] - frames).min(axis=1).max() < 1000, 'with a camera, chunks begin at frames'
 
 
 def test_events_that_follow_each_other_are_one_bag_and_the_oldest_go(recorder, robot):
