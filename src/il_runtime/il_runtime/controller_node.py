@@ -145,6 +145,7 @@ class ControllerNode(LifecycleNode):
 
         self.outputs = Outputs(self, self.contract, self.shadow)
         self.status = self.create_publisher(ControllerStatus, '~/status', STATUS_QOS)
+        self.chunk_times = self.create_publisher(DiagnosticStatus, '~/chunk_times', QoSProfile(depth=100))
         self.diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
         polled = Polled()
         newest = QoSProfile(depth=1, reliability=qos_profile_sensor_data.reliability)  # drivers send up to 1 kHz
@@ -508,24 +509,36 @@ class ControllerNode(LifecycleNode):
     def _tick(self, now: float, elapsed: int) -> None:
         before = self.controller.mode
         command = self.controller.tick(now, elapsed)
-        self._measure_latency(before)
+        is_first = self._measure_latency(before)
         self._show('target', now, self.controller.blend.positions if self.controller.blend else None)
         if command is not None:
             # Stamped with the tick it is for, so that differences of commands are exact velocities.
-            self.outputs.publish(self.controller.gate, to_stamp(self.clock.stamp(now, moving=True)))
+            stamp = self.clock.stamp(now, moving=True)
+            self.outputs.publish(self.controller.gate, to_stamp(stamp))
+            if is_first:
+                self._publish_chunk_times(stamp)
         due = time.monotonic() - self.told > STATUS_PERIOD - 0.5 * self.controller.period
         if due or self.announced != (self.controller.mode, self.controller.epoch):
             self._publish_status(now)
 
-    def _measure_latency(self, before: Mode) -> None:
-        """At the first command that uses a chunk: how old its observation is, and how long ago it came."""
+    def _measure_latency(self, before: Mode) -> bool:
+        """At the first command that uses a chunk: how old its observation is, and how long ago it came. True if it is one."""
         c = self.controller
         self.starved += before == Mode.POLICY and c.mode == Mode.STOPPING and c.reason == STARVED
-        if c.mode == Mode.POLICY and c.blend is not None and c.blend.newest != self.used:
+        is_first = c.mode == Mode.POLICY and c.blend is not None and c.blend.newest != self.used
+        if is_first:
             now, self.used = self.clock.now(), c.blend.newest
             self.observed_to_command.add(now, c.blend.age)
             if (arrived := self.arrivals.pop(self.used, None)) is not None:
                 self.received_to_command.add(now, now - arrived)
+        return is_first
+
+    def _publish_chunk_times(self, commanded: int) -> None:
+        """For `il bench latency`: the stamp [ns] of the first command that uses the newest chunk."""
+        values = {'epoch': self.controller.ensembler.epoch, 'sequence': self.used[1], 'commanded': commanded}
+        self.chunk_times.publish(DiagnosticStatus(
+            name=f'{self.get_fully_qualified_name()}: chunk', hardware_id=self.contract.robot,
+            values=[KeyValue(key=key, value=str(value)) for key, value in values.items()]))
 
     def _publish_status(self, now: float) -> None:
         c, blend = self.controller, self.controller.blend

@@ -103,6 +103,7 @@ class PolicyNode(LifecycleNode):
         self.problems: dict[str, str] = {}
         self.planned = 0.0  # when the last chunk was published: monotonic [s]
         self.count, self.shown, self.told = 0, None, 0.0
+        self.arrived: dict[str, tuple[int, int]] = {}  # feature → its newest sample's stamp, and when that came [ns]
         self._forget_durations()
         self.brain = self._load(self._value('checkpoint'))
         self.subscribed: set[str] = set()
@@ -110,6 +111,7 @@ class PolicyNode(LifecycleNode):
         self.create_subscription(ControllerStatus, 'controller/status', self._on_status, STATUS_QOS)
         self.create_subscription(String, 'instruction', self._on_instruction, STATUS_QOS)
         self.diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', QoSProfile(depth=10))
+        self.chunk_times = self.create_publisher(DiagnosticStatus, '~/chunk_times', QoSProfile(depth=100))
         # Steady: a stalled /clock must not silence the node. A group that lets others in: an answer waits for its policy.
         self.create_timer(0.1, self._look_around, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self.create_service(LoadPolicy, '~/load_policy', self._on_load, callback_group=ReentrantCallbackGroup())
@@ -196,6 +198,7 @@ class PolicyNode(LifecycleNode):
             try:
                 with self.lock:
                     stamp = brain.observer.take(name, message, info['source_timestamp'], now, convert)
+                    self.arrived[name] = stamp, now
             except DecodeError as error:
                 self.get_logger().warning(f'{name} ignored: {error}', throttle_duration_sec=1.0)
             else:
@@ -326,6 +329,7 @@ class PolicyNode(LifecycleNode):
                 continue
             with self.lock:
                 t, observation = brain.observer.observe(now, began)
+                arrivals = dict(self.arrived)
             self.problems = observation.problems
             if observation.problems:
                 self.get_logger().warning('not planning: ' + '; '.join(observation.problems.values()), throttle_duration_sec=1.0)
@@ -339,7 +343,9 @@ class PolicyNode(LifecycleNode):
             if status.mode == ControllerStatus.HOLD:
                 # Nothing is followed yet. Warm-started from a chunk that was refused, the next one would be refused too.
                 brain.planner.forget()
-            self._make_chunk(brain, t, observation, epoch, sequence, status.speed_scale / 100.0)
+            anchor = brain.observer.anchor
+            captured = arrivals[anchor] if anchor else max(arrivals[name] for name in brain.observer.streams)
+            self._make_chunk(brain, t, observation, epoch, sequence, status.speed_scale / 100.0, captured)
             seen, sequence = t, sequence + 1
             due = self._next_due(brain, due, now, t)
 
@@ -355,12 +361,18 @@ class PolicyNode(LifecycleNode):
         stride = self._value('stride') * period
         return due + stride * (1 + max(0, (now - due) // stride))
 
-    def _make_chunk(self, brain: Brain, t: int, observation: Observation, epoch: int, sequence: int, speed: float) -> None:
-        """Plan from an observation of time t [ns], publish, and time it; speed: share of full speed of the arm."""
+    def _make_chunk(self, brain: Brain, t: int, observation: Observation, epoch: int, sequence: int, speed: float,
+                    captured: tuple[int, int]) -> None:
+        """Plan from an observation of time t [ns], publish, and time it.
+
+        speed: share of full speed of the arm. captured: when the newest frame, or without cameras the newest sample, of the
+        observation was taken, and when it came [ns].
+        """
         spec = brain.policy.spec
         chunk_start = t + round(spec.action_offset * 1e9)
         began = time.monotonic()
-        waited = (self.get_clock().now().nanoseconds - t) * 1e-9
+        beginning = self.get_clock().now().nanoseconds
+        waited = (beginning - t) * 1e-9
         delay = self.windows['delay'].quantiles(began, (DELAY_SHARE,))
         # It is taken up at the controller's next tick.
         late = (0.0 if delay is None else float(delay[0])) + 1.0 / self.contract.control_rate
@@ -380,6 +392,14 @@ class PolicyNode(LifecycleNode):
         for name, duration in (('observation', waited), ('inference', planned - began), ('publishing', published - planned),
                                ('total', (done - t) * 1e-9), ('delay', (done - chunk_start) * 1e-9)):
             self.windows[name].add(published, duration)
+        times = {'captured': captured[0], 'arrived': captured[1], 'began': beginning, 'planned': beginning + took}
+        self.chunk_times.publish(self._chunk_times(epoch, sequence, times))
+
+    def _chunk_times(self, epoch: int, sequence: int, times: dict[str, int]) -> DiagnosticStatus:
+        """For `il bench latency`: when what happened to a chunk [ns]."""
+        values = {'epoch': epoch, 'sequence': sequence, **times, 'plan when': self._value('plan_when')}
+        return DiagnosticStatus(name=f'{self.get_fully_qualified_name()}: chunk', hardware_id=self.contract.robot,
+                                values=[KeyValue(key=key, value=str(value)) for key, value in values.items()])
 
     # --- diagnostics --------------------------------------------------------------------------------------------------
     def _look_around(self) -> None:

@@ -1,11 +1,7 @@
 """Opens what is to be compared, each thing told by its content, and judges it all."""
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +18,12 @@ from il_policies.contract import Contract, ContractError, from_dict, load_contra
 from il_policies.data.errors import DataError
 from il_policies.data.recording import match_topics, streams_of
 from il_policies.data.store import Dataset
+from il_policies.probe import ask
 
 LOOKED_AT_S = 10.0
 """Of each bag so much is looked at, from its beginning [s]."""
 MOST_BAGS = 30
 """Of more bags, so many are looked at, evenly chosen."""
-PATIENCE_S = 60.0
-"""How much longer than asked the live probe may take [s]: it starts Python and finds the others."""
 
 
 class CheckError(ValueError):
@@ -287,26 +282,9 @@ def observe_bag(bag: Bag, contract: Contract) -> tuple[dict[str, Measured], list
 # --- live -------------------------------------------------------------------------------------------------------------
 
 def listen(contract: Contract, seconds: float, namespace: str) -> Graph:
-    """What runs now, as il_runtime's probe_node sees it from a namespace in so many seconds. Raises CheckError."""
-    for package, what in (('rclpy', 'source ROS 2 (or . ./env.sh)'), ('il_runtime', 'build the workspace and source it (bash '
-                                                                      'setup.sh && . ./env.sh)')):
-        if importlib.util.find_spec(package) is None:
-            raise CheckError(f'--live needs {package}, which is not here: {what}')
+    """What runs now, as il_runtime's probe_node sees it from a namespace in so many seconds. Raises ProbeError."""
     with tempfile.NamedTemporaryFile('w', prefix='il_check_', suffix='.yaml') as file:
         yaml.safe_dump(contract.to_dict(), file)
         file.flush()
-        command = [sys.executable, '-m', 'il_runtime.probe_node', '--ros-args', '-p', f'contract:={file.name}', '-p',
-                   f'seconds:={float(seconds)}', '-r', f'__ns:={namespace}']
-        try:
-            # Its output is JSON; logs must go elsewhere.
-            result = subprocess.run(command, capture_output=True, text=True, timeout=seconds + PATIENCE_S,
-                                    env={**os.environ, 'RCUTILS_LOGGING_USE_STDOUT': '0'})
-        except subprocess.TimeoutExpired:
-            raise CheckError(f'--live: no answer from the probe within {seconds + PATIENCE_S:g} s') from None
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ['no word'])[-1]
-        raise CheckError(f'--live: {last}')
-    try:
-        return from_dict(Graph, json.loads(result.stdout), 'probe_node')
-    except (ValueError, ContractError) as error:
-        raise CheckError(f'--live: the probe does not answer in JSON: {error}') from None
+        seen = ask('probe_node', {'contract': file.name, 'seconds': float(seconds)}, seconds, namespace)
+    return from_dict(Graph, seen, 'probe_node')

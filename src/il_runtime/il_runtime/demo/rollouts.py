@@ -70,7 +70,7 @@ def over_dds(contract: Contract, scenes: list[Scene], save: Path, healthy: Calla
     session = Session(node)
     episodes, shown, violations, faults = [], None, 0, []
     try:
-        _wait_for_planner(node, healthy)
+        wait_for_planner(node, healthy)
         for i, scene in enumerate(scenes):
             healthy()
             reached, touched, fault = _episode(session, spectator, scene)
@@ -105,7 +105,7 @@ def over_dds(contract: Contract, scenes: list[Scene], save: Path, healthy: Calla
             'ticks': last.ticks, 'missed_ticks': last.missed_ticks, 'limit_violations': violations}
 
 
-def _wait_for_planner(node, healthy: Callable[[], None]) -> None:
+def wait_for_planner(node, healthy: Callable[[], None]) -> None:
     """Until somebody publishes chunks; loading a network takes a while. Raises SessionError after a minute."""
     deadline = time.monotonic() + 60.0
     while not node.count_publishers('chunks'):
