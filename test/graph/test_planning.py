@@ -33,16 +33,19 @@ from support import CONTRACT, FollowingArm, call, patient_contract, wait_for
 JOINTS = list(load_contract(CONTRACT).action.joints)
 
 
-def save_policy(path: Path, around=0.0, features=('joint_positions',), seed=0) -> Path:
-    """An untrained policy whose chunks stay within 0.02 rad of `around`, six joints or one number for all."""
+def save_policy(path: Path, around=0.0, features=('joint_positions',), seed=0, horizon=16, steps=2) -> Path:
+    """An untrained policy whose chunks stay within 0.02 rad of `around`, six joints or one number for all.
+
+    steps: how often its network is computed for a chunk.
+    """
     torch.manual_seed(seed)
     shapes = {'joint_positions': (6,), 'goal': (2,), 'front': (24, 32, 3)}
-    spec = PolicySpec({name: shapes[name] for name in features}, tuple(JOINTS), horizon=16, history=2, step_period=0.1,
+    spec = PolicySpec({name: shapes[name] for name in features}, tuple(JOINTS), horizon=horizon, history=2, step_period=0.1,
                       action_offset=0.0)
     rng = np.random.default_rng(0)
     data = {name: rng.uniform(-1, 1, (50, *shapes[name])).astype(np.float32) for name in features if name != 'front'}
     data['action'] = (around + rng.uniform(-0.02, 0.02, (50, 6))).astype(np.float32)
-    checkpoint.save(path, Flow(spec, FlowConfig(euler_steps=2), Normalizer.fit(data)), {})
+    checkpoint.save(path, Flow(spec, FlowConfig(euler_steps=steps), Normalizer.fit(data)), {})
     return path
 
 
@@ -277,6 +280,50 @@ def test_when_to_plan(node, nodes, tmp_path):
     assert 'must be less than the horizon of the policy, 16' in set_parameters(node, plan_when='horizon', least_horizon=16)[-1]
     wait_for(lambda: streams.shown(0, DiagnosticStatus.WARN, ['rtc is identity', 'should be latest']), what='a warning')
     assert {pair.key: pair.value for pair in streams.diagnostics[-1][1].values}['instruction'] == 'put it down'
+
+
+def test_planning_that_is_too_slow_is_named_until_it_is_not(node, nodes, tmp_path):
+    """Slower than its stride, and cured by a longer one; slower than a whole chunk, and cured by a quicker policy."""
+    fast = save_policy(tmp_path / 'fast')
+    policy, seen = checkpoint.load(fast), {'joint_positions': torch.zeros(1, 2, 6)}
+    torch.set_num_threads(1)
+    times = []
+    for _ in range(20):
+        began = time.perf_counter()
+        policy.predict(seen)
+        times.append((time.perf_counter() - began) / 2)
+    step = np.median(times)  # [s]
+    slow = save_policy(tmp_path / 'slow', steps=round(0.4 / step))  # a stride takes 0.1 s, a chunk 1.5 s
+    starving = save_policy(tmp_path / 'starving', horizon=4, steps=round(1.2 / step))  # a chunk takes 0.3 s
+    nodes.start('policy_node', contract=CONTRACT, checkpoint=slow, stride=1, nice=0)
+    streams = Streams(node)
+    wait_for(lambda: streams.diagnostics, 40, 'diagnostics')
+    streams.follow(1)
+
+    def told(level, words: str) -> float:
+        """Wait for a judgement that begins so; the time in it is one that chunks since have taken [s]."""
+        asked, count = time.monotonic(), len(streams.chunks)
+        wait_for(lambda: streams.shown(asked, level, [words]), what=words)
+        said = next(status.message for at, status in streams.diagnostics if at > asked and words in status.message)
+        assert said.startswith(words)
+        took = float(said.removeprefix(words).split()[0])
+        inferred = [nanoseconds(chunk.inference_time) * 1e-9 for chunk in streams.chunks[max(0, count - 1):]]
+        assert min(inferred) - 0.01 <= took <= max(inferred) + 0.2, (said, inferred)
+
+    told(DiagnosticStatus.WARN, 'slow: planning takes ')
+    assert set_parameters(node, stride=15) == []
+    asked = time.monotonic()
+    wait_for(lambda: streams.shown(asked, DiagnosticStatus.OK, ['planning']), what='time enough')
+    for path, level, words in (
+            (starving, DiagnosticStatus.ERROR, 'starved: chunks end before they are planned: they cover 0.30 s and come after '),
+            (fast, DiagnosticStatus.OK, 'planning')):
+        answer = call(node, LoadPolicy, 'policy/load_policy', LoadPolicy.Request(checkpoint=str(path)))
+        assert answer.success, answer.message
+        if level == DiagnosticStatus.ERROR:
+            told(level, words)
+    asked = time.monotonic()
+    wait_for(lambda: streams.shown(asked, level, [words]), what='a quick policy')
+    assert not streams.shown(asked, DiagnosticStatus.ERROR, ['starved'])
 
 
 def test_a_warm_start_is_where_a_slowed_down_arm_is(node, nodes, tmp_path):
