@@ -417,6 +417,7 @@ BENCHMARKS = {
     'training': 'time of an optimiser step of each preset, fp32 and bf16',
     'delay': 'chunks that come late: ways of switching to them, on a goal that moves',
     'inference': 'time of a chunk by PyTorch, ONNX Runtime, OpenVINO',
+    'latency': 'from capture to first command through running nodes, stage by stage (needs ROS 2)',
 }
 
 

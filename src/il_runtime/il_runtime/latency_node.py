@@ -49,16 +49,22 @@ class LatencyNode(Node):
         self.checkpoint = declare(self, 'checkpoint', '', 'folder written by il train, to be run in simulation; empty: listen to '
                                   'what runs')
         self.planning = {name: declare(self, name, default, f'of the planner, see policy_node: {name}')
-                         for name, default in (('plan_when', 'stride'), ('stride', 4), ('backend', 'auto'), ('threads', 1))}
+                         for name, default in (('plan_when', 'stride'), ('stride', 8), ('backend', 'auto'), ('threads', 1))}
         self.contract = load_contract(self.path)
         self.chunks, self.planned, self.followed, self.commands, self.statuses = [], [], [], [], []
+        self.plan_when = ''
         lossless, latched = QoSProfile(depth=DEPTH), QoSProfile(depth=DEPTH, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self.create_subscription(ActionChunk, 'chunks', self._on_chunk, lossless)
         self.create_subscription(JointState, self.contract.action.topic, self._on_command, lossless)
         self.create_subscription(ControllerStatus, 'controller/status', self._on_status, latched)
         for name, kept in (('policy', self.planned), ('controller', self.followed)):
             self.create_subscription(DiagnosticStatus, f'{name}/chunk_times',
-                                     lambda message, kept=kept: kept.append({x.key: x.value for x in message.values}), lossless)
+                                     lambda message, kept=kept: self._on_times(message, kept), lossless)
+
+    def _on_times(self, message: DiagnosticStatus, kept: list[dict]) -> None:
+        values = {pair.key: pair.value for pair in message.values}
+        self.plan_when = values.pop('plan when', self.plan_when)
+        kept.append({key: int(value) for key, value in values.items()})
 
     def _on_chunk(self, message: ActionChunk, info: dict) -> None:
         start = nanoseconds(message.start)
@@ -80,7 +86,7 @@ class LatencyNode(Node):
     def heard(self, began: int, ended: int) -> dict:
         """All that was kept."""
         return {'began': began, 'ended': ended, 'chunks': self.chunks, 'planned': self.planned, 'followed': self.followed,
-                'commands': self.commands, 'statuses': self.statuses}
+                'commands': self.commands, 'statuses': self.statuses, 'plan_when': self.plan_when}
 
     def drive(self, healthy) -> None:
         """Episodes of reach_around for `seconds`. Raises SessionError; healthy raises if a node has died."""
