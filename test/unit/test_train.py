@@ -27,6 +27,7 @@ from il_policies.policies.flow import FlowConfig
 from il_policies.policies.unet import UNetConfig
 from il_policies.policies.vision import VisionConfig
 from il_policies.train import (
+    STATE,
     SharedDraws,
     TrainConfig,
     TrainError,
@@ -315,6 +316,40 @@ def test_a_loss_that_becomes_infinite_keeps_the_last_good_checkpoint(dataset, tm
         train(dataset, config, tmp_path / 'p', quiet)
     loaded = checkpoint.load(tmp_path / 'p')
     assert loaded.extra['training']['steps'] == 1 and all(p.isfinite().all() for p in loaded.parameters())
+
+
+def test_a_run_that_is_older_than_a_setting_had_its_default(dataset, tmp_path):
+    config = TrainConfig(FlowConfig(SMALL), horizon=8, steps=3, save_steps=1, threads=1)
+    with pytest.raises(Killed):
+        train(dataset, config, tmp_path / 'p', killed_at(2))
+    policy = checkpoint.load(tmp_path / 'p')
+    for absent in (('betas',), ('unet', 'groups')):
+        place = policy.extra['training']['config']
+        for key in absent[:-1]:
+            place = place[key]
+        del place[absent[-1]]
+    state = {name: (tmp_path / 'p' / name).read_bytes() for name in STATE}
+    checkpoint.save(tmp_path / 'p', policy, policy.extra, state)
+    with pytest.raises(TrainError) as error:
+        train(dataset, dataclasses.replace(config, betas=(0.9, 0.999)), tmp_path / 'p', quiet, resume=True)
+    assert str(error.value).splitlines()[1:] == ['  betas: was [0.95, 0.999], is [0.9, 0.999]']
+    assert train(dataset, config, tmp_path / 'p', quiet, resume=True).extra['training']['steps'] == 3
+
+
+def test_steps_are_adamws_with_the_betas_given(dataset):
+    """Its first moments after steps of gradient 1: 1 - beta^n of it."""
+    for betas in ((0.9, 0.999), (0.5, 0.25)):
+        policy = torch.nn.Linear(2, 2)
+        optimizer = make_optimizer(policy, TrainConfig(steps=1, betas=betas))
+        for _ in range(3):
+            for p in policy.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        moments = optimizer.state[policy.bias]
+        torch.testing.assert_close(moments['exp_avg'], torch.full((2,), 1 - betas[0]**3))
+        torch.testing.assert_close(moments['exp_avg_sq'], torch.full((2,), 1 - betas[1]**3))
+    with pytest.raises(ValueError, match=r'betas are \[1.0, 0.5\], must be in \[0, 1\)'):
+        TrainConfig(betas=(1.0, 0.5))
 
 
 def test_groups_of_parameters(dataset):

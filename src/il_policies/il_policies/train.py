@@ -85,6 +85,8 @@ class TrainConfig:
     """Steps of linear rise before that."""
     vision_learning_rate: float | None = None
     """The same for the networks that look at images, such as 1e-5 where they are pretrained; none: as the others."""
+    betas: tuple[float, float] = (0.95, 0.999)
+    """Of AdamW: how slowly its means of gradients and of their squares change. Diffusion Policy's; ACT has 0.9, 0.999."""
     weight_decay: float = 1e-6
     """Of AdamW, on the weights of layers; biases, norms and embeddings have none."""
     clip_norm: float = 1.0
@@ -137,6 +139,8 @@ class TrainConfig:
         if not 0.0 <= self.ema_decay < 1.0 or not self.ema_power >= 0.0 or self.warmup_steps < 0:
             raise ValueError(f'ema_decay is {self.ema_decay}, must be in [0, 1); ema_power is {self.ema_power} and warmup_steps '
                              f'{self.warmup_steps}, must be at least 0')
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f'betas are {list(self.betas)}, must be in [0, 1)')
         if not 0.0 <= self.validation < 1.0 or not self.weight_decay >= 0.0:
             raise ValueError(f'validation is {self.validation}, must be in [0, 1); weight_decay is {self.weight_decay}, '
                              'must be at least 0')
@@ -430,9 +434,10 @@ def saved_run(output: Path, dataset: Dataset, config: TrainConfig, resume: bool)
     facts = average.extra.get('training', {})
     if not unfinished and not facts.get('finished'):
         raise TrainError(f'{output}: holds a checkpoint without a training state; give another folder')
+    # A setting that is newer than the run has as its default what was done before there was a choice.
+    now, default = (json.loads(json.dumps(_plain(each))) for each in (config, TrainConfig(type(config.policy)())))
     differences = [f'  {name}: was {was!r}, is {now!r}' for name, was, now in
-                   _differences(facts.get('config', {}), json.loads(json.dumps(_plain(config))))
-                   if name not in MACHINE]
+                   _differences(facts.get('config', {}), now, default) if name not in MACHINE]
     if average.extra.get('dataset_hash') != dataset.hash:
         differences.append(f'  dataset: its content was {average.extra.get("dataset_hash")}, is {dataset.hash}')
     if differences:
@@ -449,13 +454,13 @@ def saved_run(output: Path, dataset: Dataset, config: TrainConfig, resume: bool)
         raise TrainError(f'{output}: its training state cannot be read: {error}') from None
 
 
-def _differences(was: dict, now: dict, place: str = '') -> list[tuple[str, object, object]]:
-    """(name, was, is) of what differs between nested settings."""
+def _differences(was: dict, now: dict, default: dict, place: str = '') -> list[tuple[str, object, object]]:
+    """(name, was, is) of what differs between nested settings; what is absent in `was` was the default."""
     found = []
     for key in sorted({*was, *now}):
-        a, b = was.get(key), now.get(key)
+        a, b = was.get(key, default.get(key)), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f'{place}{key}.')
+            found += _differences(a, b, default.get(key) or {}, f'{place}{key}.')
         elif a != b:
             found.append((f'{place}{key}', a, b))
     return found
@@ -577,7 +582,7 @@ def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [{'params': parameters, 'weight_decay': config.weight_decay if decay else 0.0, 'share': vision if sees else 1.0}
          for (decay, sees), parameters in groups.items()],
-        lr=config.learning_rate, betas=(0.95, 0.999), fused=True)
+        lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 @torch.no_grad()
