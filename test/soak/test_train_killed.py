@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from il_policies import checkpoint
@@ -35,6 +36,7 @@ def steps_of(out: Path) -> int:
         return 0
 
 
+@pytest.mark.timeout(60 * KILLS + 300)
 def test_killed_at_any_time_a_checkpoint_loads_and_training_goes_on(tmp_path):
     dataset = make_dataset(tmp_path / 'data').path
     out, log = tmp_path / 'p', tmp_path / 'log'
