@@ -81,7 +81,8 @@ class LatencyNode(Node):
         self.statuses.append({
             'time': nanoseconds(message.header.stamp), 'epoch': message.epoch,
             'follows': message.follows_chunks and message.mode in FOLLOWING,
-            'starved': message.mode == ControllerStatus.STOPPING and message.reason == STARVED, 'reason': message.reason})
+            'starved': message.mode in (ControllerStatus.STOPPING, ControllerStatus.HOLD) and message.reason == STARVED,
+            'reason': message.reason})
 
     def heard(self, began: int, ended: int) -> dict:
         """All that was kept."""

@@ -99,7 +99,7 @@ class Status:
     follows: bool
     """Chunks are followed, or will be as soon as one covers now."""
     starved: bool
-    """It stops for want of a fresh chunk."""
+    """It stops, or has stopped, for want of a fresh chunk."""
     reason: str
 
 
@@ -256,10 +256,10 @@ def _report(heard: dict[str, Heard], budget: str, out: Path) -> dict:
     rows = [_row(when, stage, values) for when, row in known.items() for stage, values in row.items()]
     verdicts = [_verdict(when, h, known[when][BEYOND]) for when, h in heard.items()]
     edges = {stage: _edges(np.concatenate([row[stage] for row in known.values()])) for stage in next(iter(known.values()))}
-    histograms = {when: {stage: {'edges_ms': (1e3 * edges[stage]).round(4).tolist(),
-                                 'counts': np.histogram(values, edges[stage])[0].tolist()} for stage, values in row.items()}
-                  for when, row in known.items()}
-    result = publish('latency', budget, rows, out, _plot(known, edges, verdicts), verdicts=verdicts, histograms=histograms)
+    # One number a chunk, or gap, so that whoever wants another histogram has it.
+    plain = {when: {stage: [None if np.isnan(x) else round(1e3 * float(x), 4) for x in values] for stage, values in row.items()}
+             for when, row in found.items()}
+    result = publish('latency', budget, rows, out, _plot(known, edges, verdicts), verdicts=verdicts, durations_ms=plain)
     print(f'"{BEYOND}": from the arrival of one chunk to that of the next one of its epoch, less its inference.')
     for verdict in verdicts:
         print(_words(verdict))
@@ -312,12 +312,13 @@ def _plot(known: dict[str, dict[str, np.ndarray]], edges: dict[str, np.ndarray],
             if len(row[stage]):
                 p50, p99 = 1e3 * np.quantile(row[stage], (0.5, 0.99), method='higher')
                 axes.hist(1e3 * row[stage], 1e3 * bins, color=COLORS[when], histtype='stepfilled', alpha=0.55,
-                          label=f'{when}: {p50:.3g} / {p99:.3g}')
+                          label=f'{when}: {p50:.1f} / {p99:.1f}')
                 axes.axvline(p99, color=COLORS[when], linestyle=':')
         if stage == BEYOND:
             axes.axvline(1e3 * verdicts[0]['policy_step_s'], color='0.2', linewidth=1.0)
-        axes.set(title=stage, xlabel='[ms]', ylabel='chunks', yscale='log', ylim=(0.7, None))
-        axes.title.set_size(10)
-        axes.legend(title='p50 / p99 [ms]', fontsize=8, title_fontsize=8)
+        axes.set(xlabel='[ms]', ylabel='chunks', yscale='log', ylim=(0.7, None))
+        axes.set_title(f'{stage}, p50 / p99 [ms]', size=9, pad=18.0)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc='lower center', bbox_to_anchor=(0.5, 0.98), ncols=2, frameon=False, fontsize=8)
     figure.suptitle('From capture to command; dotted: p99; black: one policy step')
     return figure
