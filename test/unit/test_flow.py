@@ -189,6 +189,15 @@ def test_committed_steps_are_clean_and_no_targets():
     assert ((output.grad.abs().sum(dim=-1) > 0) == (valid & ~committed)).all()
 
 
+@pytest.mark.parametrize('decay', [0.0, 0.25, 1.0])
+def test_delays_trained_on_have_the_stated_distribution(decay):
+    torch.manual_seed(0)
+    drawn = committing_flow(rtc_max_delay=3, rtc_delay_decay=decay).sample_delay(40000)
+    weights = [math.exp(-decay * d) for d in range(4)]
+    shares = [(drawn == d).float().mean().item() for d in range(4)]
+    assert shares == pytest.approx([w / sum(weights) for w in weights], abs=0.01)  # 4 standard deviations
+
+
 def test_prefix_stays_and_the_rest_is_integrated_after_it():
     """Step by step by hand, warm start included; without a delay it is plain sampling."""
     flow = committing_flow(rtc_max_delay=3, euler_steps=4)
@@ -273,6 +282,8 @@ def test_what_it_cannot_take_is_named():
         flow.predict(state, warm=(torch.zeros(1, 8, 3), 1.0))
     with pytest.raises(ValueError, match="rtc_max_delay is 2 and backbone 'unet'; a time for each step needs backbone"):
         FlowConfig(rtc_max_delay=2)
+    with pytest.raises(ValueError, match='rtc_delay_decay is -1.0, must be at least 0'):
+        FlowConfig(rtc_delay_decay=-1.0)
     with pytest.raises(PolicyError, match='rtc_max_delay is 8, must be less than the horizon, 8'):
         committing_flow(rtc_max_delay=8)
     prefix = Guidance(torch.zeros(1, 8, 3), torch.ones(8), 'prefix', delay=3)

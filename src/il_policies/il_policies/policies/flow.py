@@ -43,12 +43,17 @@ class FlowConfig:
     rtc_max_delay: int = 0
     """Training-time RTC: up to this many steps, drawn anew for each sample, are handed over as committed; needs the
     transformer. 0: off."""
+    rtc_delay_decay: float = 0.25
+    """Training-time RTC: d steps are handed over with a probability in proportion to exp(-rtc_delay_decay·d). The first chunk
+    of an epoch continues nothing, and only the samples with d = 0 teach its first step. 0: all delays alike."""
 
     def __post_init__(self):
         if self.euler_steps < 1:
             raise ValueError(f'euler_steps is {self.euler_steps}, must be at least 1')
         if self.rtc_max_delay < 0:
             raise ValueError(f'rtc_max_delay is {self.rtc_max_delay}, must be at least 0')
+        if not (math.isfinite(self.rtc_delay_decay) and self.rtc_delay_decay >= 0):
+            raise ValueError(f'rtc_delay_decay is {self.rtc_delay_decay}, must be at least 0')
         if self.rtc_max_delay and self.backbone != 'transformer':
             raise ValueError(f'rtc_max_delay is {self.rtc_max_delay} and backbone {self.backbone!r}; a time for each step needs '
                              "backbone 'transformer'")
@@ -76,6 +81,12 @@ class Flow(SamplingPolicy):
         # Beta(1.5, 1) has the distribution function x^1.5, so u^(1/1.5) is a draw of it.
         return u if self.config.time_sampling == 'uniform' else 1.0 - u ** (1 / 1.5)
 
+    def sample_delay(self, n: int) -> Tensor:
+        """Numbers of committed steps to train on, (n,) of integers."""
+        u = torch.rand(n, device=next(self.parameters()).device)
+        weights = torch.exp(-self.config.rtc_delay_decay * torch.arange(self.config.rtc_max_delay + 1, device=u.device))
+        return torch.searchsorted(weights.cumsum(0)[:-1] / weights.sum(), u, right=True)
+
     def loss(self, batch: dict) -> dict[str, Tensor]:
         condition = self.condition(batch['observation'])
         x1 = self.normalizer.normalize('action', batch['action'])
@@ -84,8 +95,7 @@ class Flow(SamplingPolicy):
         t, valid = self.sample_time(B), batch['valid']
         if self.config.rtc_max_delay:
             # Every sample keeps a step to learn from, however few it has before its episode ends.
-            delay = torch.randint(0, self.config.rtc_max_delay + 1, (B,), device=t.device)
-            delay = torch.minimum(delay, valid.sum(dim=1) - 1)
+            delay = torch.minimum(self.sample_delay(B), valid.sum(dim=1) - 1)
             t, committed = with_prefix(t, delay, H)
             valid = valid & ~committed
         xt = torch.lerp(x0, x1, t.view(B, -1, 1))
