@@ -80,7 +80,8 @@ def test_gradients_are_those_of_the_network(exported):
 def test_what_is_written_says_how_exact_it_is(exported):
     path, description = exported
     assert json.loads((path / 'onnx' / 'export.json').read_text()) == description
-    assert sorted(description['files']) == ['encoders.0', 'net'] and description['policy'] == checkpoint.load(path).hash
+    assert sorted(description['files']) == ['encoders.0', 'net', 'net.modulate']
+    assert description['policy'] == checkpoint.load(path).hash
     assert 0.0 <= description['max_error']['onnxruntime'] <= 1e-4
     assert not list(path.glob('.*'))
 

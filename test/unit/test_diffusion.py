@@ -166,9 +166,10 @@ def test_guided_noise_is_the_score_corrected():
     with torch.no_grad():
         for k in (20, 50, 80):
             a, x = policy.alpha_bar[k], torch.randn(1, 8, 3, dtype=torch.float64)
+            net, = policy.at_steps([k], condition)
 
-            def clean(x, k=k, a=a):
-                return (x - (1 - a) ** 0.5 * policy.epsilon(x, k, condition)) / a**0.5
+            def clean(x, k=k, a=a, net=net):
+                return (x - (1 - a) ** 0.5 * policy.epsilon(x, k, net)) / a**0.5
 
             jacobian = torch.stack([((clean(x + h) - clean(x - h)) / 2e-5).flatten()
                                     for h in 1e-5 * torch.eye(24, dtype=torch.float64).view(24, 1, 8, 3)], dim=1)
@@ -179,9 +180,9 @@ def test_guided_noise_is_the_score_corrected():
             for beta in (1.5, 1e9):
                 for mode, change in (('vjp', -(1 - a) ** 0.5 * score * min(1.0, beta / uncapped)),
                                      ('identity', -tau * min(beta, uncapped) * error)):
-                    expected = policy.epsilon(x, k, condition) + change
+                    expected = policy.epsilon(x, k, net) + change
                     expected = (x - a**0.5 * ((x - (1 - a) ** 0.5 * expected) / a**0.5).clamp(-1, 1)) / (1 - a) ** 0.5
-                    guided = policy.epsilon(x, k, condition, Guidance(target, weights, mode, beta))
+                    guided = policy.epsilon(x, k, net, Guidance(target, weights, mode, beta))
                     torch.testing.assert_close(guided, expected, rtol=1e-6, atol=1e-7)
 
 

@@ -135,14 +135,15 @@ def test_guided_velocity_is_that_of_the_paper(tau):
         jacobian = torch.stack([((clean(x + h) - clean(x - h)) / 2e-5).flatten()
                                 for h in 1e-5 * torch.eye(24, dtype=torch.float64).view(24, 1, 8, 3)], dim=1)
         error = (target - clean(x)) * weights[:, None].double()
-        free = flow.velocity(x, tau, condition)
+        net, = flow.at(torch.full((1, 1), tau), condition)
+        free = flow.velocity(x, tau, net)
         for beta in (5.0, 1e9):
             weight = beta if tau == 0 else min(beta, (1 - tau) / tau * (tau**2 + (1 - tau) ** 2) / (1 - tau) ** 2)
             if weight > 1e6:
                 continue
-            guided = flow.velocity(x, tau, condition, Guidance(target, weights, beta=beta))
+            guided = flow.velocity(x, tau, net, Guidance(target, weights, beta=beta))
             torch.testing.assert_close(guided, free + weight * (error.flatten() @ jacobian).view(1, 8, 3), rtol=1e-6, atol=1e-7)
-            simple = flow.velocity(x, tau, condition, Guidance(target, weights, 'identity', beta))
+            simple = flow.velocity(x, tau, net, Guidance(target, weights, 'identity', beta))
             torch.testing.assert_close(simple, free + weight * error)
             if tau < 0.9:
                 assert (guided - simple).abs().max() > 1e-2

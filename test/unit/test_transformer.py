@@ -68,15 +68,15 @@ def test_block_is_torchs_with_its_gates_open():
                             (block.mlp[0].weight, theirs.linear1.weight), (block.mlp[0].bias, theirs.linear1.bias),
                             (block.mlp[2].weight, theirs.linear2.weight), (block.mlp[2].bias, theirs.linear2.bias)):
             mine.copy_(other)
-    x = torch.randn(3, 9, 32)
-    torch.testing.assert_close(block(x, torch.randn(3, 1, 32)), theirs(x), rtol=1e-4, atol=1e-5)
+    x, c = torch.randn(3, 9, 32), torch.randn(3, 1, 32)
+    torch.testing.assert_close(block(x, block.norm1.modulation(c), block.norm2.modulation(c)), theirs(x), rtol=1e-4, atol=1e-5)
 
 
 def test_adaptive_norm_scales_and_shifts():
     norm = AdaptiveNorm(2)
     with torch.no_grad():
         norm.modulation.bias.copy_(torch.tensor([1.0, 0.0, 0.5, -0.5, 0.25, 0.75]))
-    y, gate = norm(torch.tensor([[[3.0, 7.0]]]), torch.zeros(1, 1, 2))
+    y, gate = norm(torch.tensor([[[3.0, 7.0]]]), norm.modulation(torch.zeros(1, 1, 2)))
     torch.testing.assert_close(y, torch.tensor([[[2 * -1 + 0.5, 1 - 0.5]]]), rtol=0, atol=1e-4)
     torch.testing.assert_close(gate, torch.tensor([[[0.25, 0.75]]]))
 

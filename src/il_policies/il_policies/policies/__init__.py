@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -173,6 +174,12 @@ class SamplingPolicy(Policy):
                 raise PolicyError(f'{self.kind}: guidance target has shape {tuple(guidance.target.shape)}, must be {shape}')
             guidance = replace(guidance, target=self.normalizer.normalize('action', guidance.target))
         return self.normalizer.unnormalize('action', self.sample(noise, condition, warm, guidance))
+
+    def at(self, times: Tensor, condition: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """The network at each of `times` (n, B) or (n, B, H), as functions of x (B, H, D); condition: (B, K)."""
+        # An exported network computes for all times at once what does not depend on x.
+        ahead = getattr(self.net, 'at', None)
+        return ahead(times, condition) if ahead else [lambda x, t=t: self.net(x, t, condition) for t in times]
 
     def sample(self, noise: Tensor, condition: Tensor, warm: tuple[Tensor, float] | None = None,
                guidance: Guidance | None = None) -> Tensor:

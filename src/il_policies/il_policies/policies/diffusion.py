@@ -17,6 +17,7 @@ Where the weight is not capped this is the score's correction of ΠGDM, Δε = -
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -130,21 +131,26 @@ class Diffusion(SamplingPolicy):
     def denoise(self, x: Tensor, steps: list[int], condition: Tensor, guidance: Guidance | None = None) -> Tensor:
         """From x at the first of the falling `steps`, over the others, to a clean chunk, all normalised. x: (B, H, D)."""
         step = self.ddim if self.config.sampler == 'ddim' else self.ddpm
-        for k, to in zip(steps, [*steps[1:], None]):
-            x = step(x, self.epsilon(x, k, condition, guidance), k, to)
+        for k, to, net in zip(steps, [*steps[1:], None], self.at_steps(steps, condition)):
+            x = step(x, self.epsilon(x, k, net, guidance), k, to)
         return x
 
-    def epsilon(self, x: Tensor, k: int, condition: Tensor, guidance: Guidance | None = None) -> Tensor:
+    def at_steps(self, steps: list[int], condition: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """The network at each of these diffusion steps, as functions of x (B, H, D); condition: (B, K)."""
+        times = torch.tensor(steps, dtype=torch.float64) / TIME_SCALE
+        return self.at(times.float().to(condition.device)[:, None].expand(-1, len(condition)), condition)
+
+    def epsilon(self, x: Tensor, k: int, net: Callable[[Tensor], Tensor], guidance: Guidance | None = None) -> Tensor:
         """The noise in x (B, H, D) at step k; without guidance as the network gives it, differentiable in x.
 
-        With guidance it has the correction of RTC, and is the noise that goes with the clipped clean chunk.
+        net: the network at k, one of `at_steps`. With guidance it has the correction of RTC, and is the noise that goes with
+        the clipped clean chunk.
         """
-        t = torch.full((len(x),), k / TIME_SCALE, device=x.device)
         if guidance is None:
-            return self.net(x, t, condition)
+            return net(x)
 
         def predict(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            epsilon = self.net(x, t, condition)
+            epsilon = net(x)
             clean = self._clean(x, epsilon, k)
             # The pull is towards what the sampler goes on with; the Jacobian is that of the chunk before clipping, which a
             # clipped entry would have none of.

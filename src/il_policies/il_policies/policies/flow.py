@@ -10,6 +10,7 @@ first d steps of a training chunk are at time 1, which is clean, and are no targ
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -115,19 +116,24 @@ class Flow(SamplingPolicy):
         step = (1.0 - tau) / n
         if guidance is not None and guidance.mode == 'prefix':
             return self._integrate_after_prefix(x, tau, step, n, condition, guidance)
-        for i in range(n):
-            x = x + step * self.velocity(x, tau + i * step, condition, guidance)
+        times = [tau + i * step for i in range(n)]
+        # A network trained with times of each step is asked with them always: an exported one takes no other shape.
+        per_step = x.shape[:2] if self.config.rtc_max_delay else x.shape[:1]
+        for t, net in zip(times, self.at(torch.stack([torch.full(per_step, t, device=x.device) for t in times]), condition)):
+            x = x + step * self.velocity(x, t, net, guidance)
         return x
 
-    def velocity(self, x: Tensor, tau: float, condition: Tensor, guidance: Guidance | None = None) -> Tensor:
-        """Velocity at flow time tau, with the correction of RTC (https://arxiv.org/abs/2506.07339, eq. 2), all normalised."""
-        # A network trained with times of each step is asked with them always: an exported one takes no other shape.
-        t = torch.full(x.shape[:2] if self.config.rtc_max_delay else x.shape[:1], tau, device=x.device)
+    @staticmethod
+    def velocity(x: Tensor, tau: float, net: Callable[[Tensor], Tensor], guidance: Guidance | None = None) -> Tensor:
+        """Velocity at flow time tau, with the correction of RTC (https://arxiv.org/abs/2506.07339, eq. 2), all normalised.
+
+        net: the network at tau, x → velocity.
+        """
         if guidance is None:
-            return self.net(x, t, condition)
+            return net(x)
 
         def predict(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            v = self.net(x, t, condition)
+            v = net(x)
             clean = x + (1.0 - tau) * v
             return v, clean, clean
 
@@ -141,15 +147,15 @@ class Flow(SamplingPolicy):
             raise PolicyError(f'flow: delay is {guidance.delay} steps; it was trained with rtc_max_delay '
                               f'{self.config.rtc_max_delay}')
         B, H, _ = x.shape
-        delay = torch.full((B,), guidance.delay, device=x.device)
-        for i in range(n):
-            t, committed = with_prefix(torch.full((B,), tau + i * step, device=x.device), delay, H)
+        times = torch.stack([torch.full((B,), tau + i * step, device=x.device) for i in range(n)])
+        times, committed = with_prefix(times, torch.full((B,), guidance.delay, device=x.device), H)
+        for net in self.at(times, condition):
             x = torch.where(committed[..., None], guidance.target, x)
-            x = x + step * self.net(x, t, condition)
+            x = x + step * net(x)
         return torch.where(committed[..., None], guidance.target, x)
 
 
 def with_prefix(t: Tensor, delay: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
-    """Times of each step when the first `delay` (B,) are clean, t = 1, the others at t (B,); and which those are, (B, H)."""
+    """Times (…, B, H) of each step when the first `delay` (B,) are clean, t = 1, others at t (…, B); and which are, (B, H)."""
     committed = torch.arange(horizon, device=t.device) < delay[:, None]
-    return torch.where(committed, 1.0, t[:, None]), committed
+    return torch.where(committed, 1.0, t[..., None]), committed

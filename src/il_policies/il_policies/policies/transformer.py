@@ -42,9 +42,10 @@ class TransformerConfig:
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm whose scale and bias, and a gate, come from the condition. (B, H, C), (B, 1 or H, C) → two (B, H, C).
+    """Layer norm whose scale and bias, and a gate, come from the condition. (B, H, C) → (B, H, C) and (B, 1 or H, C).
 
-    All three begin at 0: the norm without scale and bias, and a gate that is shut.
+    All three, side by side (B, 1 or H, 3·C), are `modulation` of the condition. They begin at 0: the norm without scale and bias,
+    and a gate that is shut.
     """
 
     def __init__(self, width: int):
@@ -54,13 +55,13 @@ class AdaptiveNorm(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        scale, bias, gate = self.modulation(condition).chunk(3, dim=-1)
+    def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        scale, bias, gate = modulation.chunk(3, dim=-1)
         return torch.addcmul(bias, self.norm(x), 1.0 + scale), gate
 
 
 class Block(nn.Module):
-    """Attention among all steps, then a perceptron on each. (B, H, C), condition (B, 1 or H, C) → (B, H, C)."""
+    """Attention among all steps, then a perceptron on each. (B, H, C), two modulations (B, 1 or H, 3·C) → (B, H, C)."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -72,13 +73,13 @@ class Block(nn.Module):
                                  nn.Linear(config.mlp_ratio * C, C))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         B, H, C = x.shape
-        h, gate = self.norm1(x, condition)
+        h, gate = self.norm1(x, first)
         q, k, v = self.qkv(h).view(B, H, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, H, C/heads) each
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, C)
         x = x + gate * self.dropout(self.project(h))
-        h, gate = self.norm2(x, condition)
+        h, gate = self.norm2(x, second)
         return x + gate * self.dropout(self.mlp(h))
 
 
@@ -101,12 +102,26 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, t: Tensor | None, condition: Tensor) -> Tensor:
+        return self.body(x, self.modulate(t, condition))
+
+    def modulate(self, t: Tensor | None, condition: Tensor) -> Tensor:
+        """All that the network computes from time and condition alone: of all norms, side by side. (B, 1 or H, M)."""
         c = self.observation(condition)[:, None]                                    # (B, 1, C)
         if self.time is not None:
             c = c + self.time(t if t.ndim == 2 else t[:, None])                     # (B, 1 or H, C)
         c = F.silu(c)
+        return torch.cat([layer(c) for layer in self.modulations], dim=-1)
+
+    def body(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """The rest. x (B, H, D), modulation (B, 1 or H, M) → (B, H, D)."""
+        *of_norms, of_last = modulation.split([layer.out_features for layer in self.modulations], dim=-1)
         h = self.embed(x) + self.position
-        for block in self.blocks:
-            h = block(h, c)
-        scale, bias = self.modulation(c).chunk(2, dim=-1)
+        for block, first, second in zip(self.blocks, of_norms[::2], of_norms[1::2]):
+            h = block(h, first, second)
+        scale, bias = of_last.chunk(2, dim=-1)
         return self.last(torch.addcmul(bias, self.norm(h), 1.0 + scale))
+
+    @property
+    def modulations(self) -> list[nn.Linear]:
+        """What turns the condition into scales, biases and gates, in the order in which x meets them."""
+        return [*(norm.modulation for block in self.blocks for norm in (block.norm1, block.norm2)), self.modulation]

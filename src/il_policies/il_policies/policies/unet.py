@@ -76,10 +76,12 @@ class Conv(nn.Module):
         self.linear = nn.Linear(kernel_size * channels_in, channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        T, pad = x.shape[1], self.kernel_size // 2
-        x = F.pad(x, (0, 0, pad, pad))
-        taps = torch.cat([x[:, i:i + T:self.stride] for i in range(self.kernel_size)], dim=-1)  # (B, T/s, k·in)
-        return self.linear(taps)
+        B, T, C = x.shape
+        k, pad = self.kernel_size, self.kernel_size // 2
+        steps = torch.arange(0, T, self.stride, device=x.device)[:, None] + torch.arange(k, device=x.device)  # (T/s, k)
+        # As matrices, which ONNX Runtime multiplies and adds to in one go.
+        taps = F.pad(x, (0, 0, pad, pad)).index_select(1, steps.flatten()).view(-1, k * C)
+        return self.linear(taps).view(B, len(steps), -1)
 
 
 class Upsample(nn.Module):
@@ -104,7 +106,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Block(nn.Module):
-    """Two convolutions, the condition's scale and bias between them, and a residual path. (B, T, in) → (B, T, out)."""
+    """Two convolutions, the condition's scale and bias between them, and a residual path.
+
+    x (B, T, in), modulation (B, 1, 2·out) from `modulate` → (B, T, out).
+    """
 
     def __init__(self, channels_in: int, channels_out: int, condition_size: int, config: UNetConfig,
                  activation: nn.Module):
@@ -117,15 +122,23 @@ class Block(nn.Module):
         self.residual = nn.Linear(channels_in, channels_out) if channels_in != channels_out else nn.Identity()
         self.activation = activation
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def modulate(self, condition: Tensor) -> Tensor:
+        """The condition's scale and bias, side by side. (B, condition_size) → (B, 2·out)."""
+        scale, bias = self.film(condition).chunk(2, dim=-1)
+        return torch.cat([1.0 + scale, bias], dim=-1)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         h = self.activation(self.norm1(self.conv1(x)))
-        scale, bias = self.film(condition).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, out) each
-        h = torch.addcmul(bias, h, 1.0 + scale)
+        scale, bias = modulation.chunk(2, dim=-1)
+        h = h * scale + bias
         return self.activation(self.norm2(self.conv2(h))) + self.residual(x)
 
 
 class UNet(nn.Module):
-    """x (B, H, D), t (B,) or None, condition (B, K) → (B, H, D). It has one time for all steps."""
+    """x (B, H, D), t (B,) or None, condition (B, K) → (B, H, D). It has one time for all steps.
+
+    A sampler that knows its times ahead can have `modulate` for all of them at once, and then pass through `body` alone.
+    """
 
     def __init__(self, action_size: int, condition_size: int, horizon: int, config: UNetConfig, time: bool):
         """Raises ValueError if the horizon cannot be halved as often as `config.down_dims` asks."""
@@ -153,21 +166,35 @@ class UNet(nn.Module):
                                   activation, nn.Linear(dims[0], action_size))
 
     def forward(self, x: Tensor, t: Tensor | None, condition: Tensor) -> Tensor:
+        return self.body(x, self.modulate(t, condition))
+
+    def modulate(self, t: Tensor | None, condition: Tensor) -> Tensor:
+        """All that the network computes from time and condition alone: of all blocks, side by side. (B, M)."""
         if self.time is not None:
             condition = torch.cat([self.time(t), condition], dim=-1)
         condition = self.activation(condition)
+        return torch.cat([block.modulate(condition) for block in self.blocks], dim=-1)
+
+    def body(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """The rest. x (B, H, D), modulation (B, M) → (B, H, D)."""
+        of_blocks = iter(modulation.unsqueeze(1).split([2 * block.norm1.num_channels for block in self.blocks], dim=-1))
         skips = []
         for i, blocks in enumerate(self.down):
             for block in blocks:
-                x = block(x, condition)
+                x = block(x, next(of_blocks))
             if i < len(self.downsample):
                 skips.append(x)
                 x = self.downsample[i](x)
         for block in self.bottom:
-            x = block(x, condition)
+            x = block(x, next(of_blocks))
         for upsample, blocks in zip(self.upsample, self.up):
             x = upsample(x)
             x = torch.cat([x, skips.pop()], dim=-1)
             for block in blocks:
-                x = block(x, condition)
+                x = block(x, next(of_blocks))
         return self.last(x)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, in the order in which x passes them."""
+        return [block for level in (*self.down, self.bottom, *self.up) for block in level]
