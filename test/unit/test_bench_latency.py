@@ -148,6 +148,7 @@ def test_a_gap_of_more_than_a_policy_step_is_missed(when, arrivals, kept, words)
     (('nowhere', '--live'), 'give either a checkpoint, to be run in simulation, or --live'),
     (('nowhere',), 'nowhere'),
     (('nowhere', '--seconds', '0.5'), 'seconds is 0.5, must be 1 to 3600'),
+    (('nowhere', '--stride', '0'), 'stride is 0 and threads 1, must be at least 1'),
     (('--live',), '--live needs the contract of the robot that runs'),
     (('--live', '--contract', 'nowhere.yaml'), 'nowhere.yaml'),
     (('--live', '--contract', 'x.yaml', '--plan-when', 'stride'), '--plan-when is for a checkpoint'),
@@ -166,4 +167,4 @@ def test_without_ros_it_is_a_line_and_2(package, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == package else find(name))
     with pytest.raises(SystemExit) as ended:
         cli.main(['bench', 'latency', '--live', '--contract', 'config/robots/so101.yaml', '--out', str(tmp_path)])
-    assert ended.value.code == 2 and f'il bench latency needs {package}, which is not here: ' in capsys.readouterr().err
+    assert ended.value.code == 2 and f'il: bench latency needs {package}, which is not here: ' in capsys.readouterr().err

@@ -22,8 +22,11 @@ from rich.console import Console
 
 from il_policies import deploy
 from il_policies.bench import BenchError, publish
+from il_policies.check.agreement import differences, of_contract, of_policy
 from il_policies.contract import Contract, from_dict, load_contract
+from il_policies.policies import Policy
 from il_policies.probe import ask
+from il_policies.sim.reach_around import DESCRIPTION, JOINTS
 
 STAGES = ('capture to arrival', 'arrival to planning', 'inference', 'planned to published', 'published to first command')
 """What follows on what, without a gap."""
@@ -182,8 +185,8 @@ def _following(heard: Heard) -> list[tuple[int, int, int]]:
     return spans
 
 
-def run(checkpoint: Annotated[Path | None, tyro.conf.Positional] = None, seconds: float = 60.0,
-        plan_when: tuple[Literal['stride', 'continuous', 'horizon'], ...] = (), stride: int = 8,
+def run(checkpoint: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar='CHECKPOINT')] = None,
+        seconds: float = 60.0, plan_when: tuple[Literal['stride', 'continuous', 'horizon'], ...] = (), stride: int = 8,
         backend: Literal['auto', 'torch', 'onnxruntime', 'openvino'] = 'auto', threads: int = 1, contract: Path | None = None,
         live: tyro.conf.FlagCreatePairsOff[bool] = False, namespace: str = '/', out: Path = Path('bench_out')) -> dict:
     """Where the time goes from capture to command: a checkpoint in simulation, over DDS, or --live what runs now (needs ROS 2).
@@ -208,6 +211,8 @@ def run(checkpoint: Annotated[Path | None, tyro.conf.Positional] = None, seconds
         raise BenchError('give either a checkpoint, to be run in simulation, or --live, to listen to what runs now')
     if not 1.0 <= seconds <= 3600.0:
         raise BenchError(f'seconds is {seconds:g}, must be 1 to 3600')
+    if stride < 1 or threads < 1:
+        raise BenchError(f'stride is {stride} and threads {threads}, must be at least 1')
     if live and contract is None:
         raise BenchError('--live needs the contract of the robot that runs: --contract config/robots/<robot>.yaml')
     if live and plan_when:
@@ -219,10 +224,7 @@ def run(checkpoint: Annotated[Path | None, tyro.conf.Positional] = None, seconds
         what = f'what runs in {namespace}'
     else:
         policy = deploy.load(checkpoint, backend, threads)
-        robot = load_contract(contract) if contract else policy.extra.get('contract')
-        if robot is None:
-            raise BenchError(f'{checkpoint}: carries no contract; give one: --contract config/robots/<robot>.yaml')
-        robot = robot if isinstance(robot, Contract) else from_dict(Contract, robot, f'{checkpoint}: contract')
+        robot = _robot(checkpoint, policy, contract)
         planner = {'checkpoint': checkpoint.absolute(), 'stride': stride, 'backend': backend, 'threads': threads}
         heard = {}
         for when in plan_when or PLAN_WHEN:
@@ -230,6 +232,19 @@ def run(checkpoint: Annotated[Path | None, tyro.conf.Positional] = None, seconds
                 heard[when] = _ask(robot, {**planner, 'plan_when': when}, seconds)
         what = f'{policy.kind} {policy.hash} by {policy.backend}, {threads} threads, stride {stride}, SO-101 simulated'
     return _report(heard, f'{what}, {seconds:g} s each', out)
+
+
+def _robot(checkpoint: Path, policy: Policy, path: Path | None) -> Contract:
+    """The contract to run a policy by. Raises BenchError, or ContractError, if it cannot run in reach_around."""
+    if path is None and not policy.extra.get('contract'):
+        raise BenchError(f'{checkpoint}: carries no contract; give one: --contract config/robots/<robot>.yaml')
+    contract = load_contract(path) if path else from_dict(Contract, policy.extra['contract'], f'{checkpoint}: contract')
+    if contract.description != DESCRIPTION or set(contract.action.joints) != set(JOINTS):
+        raise BenchError(f'{path or checkpoint}: robot {contract.robot}, but the task is reach_around, of the SO-101 '
+                         '(config/robots/so101.yaml); measure others where they run: --live')
+    if mismatches := differences(of_contract(str(path or checkpoint), contract), of_policy(str(checkpoint), policy)):
+        raise BenchError(f'{checkpoint} was trained for another robot: ' + '; '.join(mismatches))
+    return contract
 
 
 def _ask(contract: Contract, planner: dict, seconds: float, namespace: str = '/') -> Heard:
@@ -242,7 +257,7 @@ def _ask(contract: Contract, planner: dict, seconds: float, namespace: str = '/'
         yaml.safe_dump(contract.to_dict(), file)
         file.flush()
         parameters = {'contract': file.name, 'seconds': float(seconds), **planner}
-        heard = ask('latency_node', parameters, 2.0 * seconds + START_S, namespace, 'il bench latency', **apart)
+        heard = ask('latency_node', parameters, 2.0 * seconds + START_S, namespace, 'bench latency', **apart)
     heard = from_dict(Heard, heard, 'latency_node')
     if not heard.chunks:
         raise BenchError(f'no chunk came within {seconds:g} s; the controller: '
@@ -317,8 +332,9 @@ def _plot(known: dict[str, dict[str, np.ndarray]], edges: dict[str, np.ndarray],
         if stage == BEYOND:
             axes.axvline(1e3 * verdicts[0]['policy_step_s'], color='0.2', linewidth=1.0)
         axes.set(xlabel='[ms]', ylabel='chunks', yscale='log', ylim=(0.7, None))
-        axes.set_title(f'{stage}, p50 / p99 [ms]', size=9, pad=18.0)
+        axes.set_title(stage, size=10, pad=18.0)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc='lower center', bbox_to_anchor=(0.5, 0.98), ncols=2, frameon=False, fontsize=8)
-    figure.suptitle('From capture to command; dotted: p99; black: one policy step')
+            axes.legend(loc='lower center', bbox_to_anchor=(0.5, 0.98), ncols=3, frameon=False, fontsize=8, handlelength=1.0,
+                        columnspacing=1.0)
+    figure.suptitle('From capture to command: p50 / p99 [ms]; dotted: p99; black: one policy step')
     return figure
