@@ -4,11 +4,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 
 PATIENCE_S = 60.0
 """How much longer than asked a probe may take [s]: it starts Python and finds the others."""
+GRACE_S = 12.0
+"""From asking a probe to end to ending it [s]."""
 
 
 class ProbeError(RuntimeError):
@@ -25,18 +28,25 @@ def ask(node: str, parameters: dict, seconds: float, namespace: str = '/', who: 
         if importlib.util.find_spec(package) is None:
             raise ProbeError(f'{who} needs {package}, which is not here: {what}')
     arguments = [word for name, value in parameters.items() for word in ('-p', f'{name}:={value}')]
+    # Its output is JSON; logs must go elsewhere.
+    process = subprocess.Popen(
+        [sys.executable, '-m', f'il_runtime.{node}', '--ros-args', *arguments, '-r', f'__ns:={namespace}'], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'RCUTILS_LOGGING_USE_STDOUT': '0', **environment})
     try:
-        # Its output is JSON; logs must go elsewhere.
-        result = subprocess.run(
-            [sys.executable, '-m', f'il_runtime.{node}', '--ros-args', *arguments, '-r', f'__ns:={namespace}'],
-            capture_output=True, text=True, timeout=seconds + PATIENCE_S,
-            env={**os.environ, 'RCUTILS_LOGGING_USE_STDOUT': '0', **environment})
+        output, words = process.communicate(timeout=seconds + PATIENCE_S)
     except subprocess.TimeoutExpired:
         raise ProbeError(f'{who}: no answer from {node} within {seconds + PATIENCE_S:g} s') from None
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ['no word'])[-1]
+    finally:
+        if process.poll() is None:  # it may have nodes of its own to bring to an end
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    if process.returncode:
+        last = (words.strip().splitlines() or ['no word'])[-1]
         raise ProbeError(f'{who}: {last}')
     try:
-        return json.loads(result.stdout)
+        return json.loads(output)
     except ValueError as error:
         raise ProbeError(f'{who}: {node} does not answer in JSON: {error}') from None
