@@ -9,7 +9,7 @@ from torch import nn
 
 from il_policies import checkpoint
 from il_policies.policies import PolicyError, PolicySpec
-from il_policies.policies.act import ACT, ACTConfig, ACTNet, Attention, grid_sinusoid, kl_divergence
+from il_policies.policies.act import ACT, ACTConfig, ACTNet, Attention, DecoderLayer, grid_sinusoid, kl_divergence
 from il_policies.policies.guidance import Guidance
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.vision import VisionConfig
@@ -112,6 +112,23 @@ def test_queries_that_hold_nothing_get_one_constant_from_each_other():
     found = attention(torch.zeros(2, 6, 32), torch.randn(6, 32))
     torch.testing.assert_close(found, found[:1, :1].expand(2, 6, 32))
     torch.testing.assert_close(found[0, 0], attention.norm(attention.out(attention.value.bias)))
+
+
+@pytest.mark.parametrize('decoder_layers', [1, 2])
+def test_the_shortcut_through_a_short_memory_gives_the_same(decoder_layers):
+    """Training does without it, and without dropout is the plain computation: from 4 heads times 2 tokens to 24 steps."""
+    act = make_act({'horizon': 24}, dropout=0.0, decoder_layers=decoder_layers)
+    with torch.no_grad():
+        for name, p in act.net.named_parameters():
+            if 'norm' in name or 'bias' in name or name == 'start':
+                p.add_(0.3 * torch.randn_like(p))  # which begin as 1 and 0
+    given = torch.randn(5, act.condition_size), torch.randn(5, 4)
+    shortcut, hits = DecoderLayer._from_few, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecoderLayer, '_from_few', lambda *arguments: hits.append(1) or shortcut(*arguments))
+        few, plain = act.net(*given), act.train().net(*given)
+    assert len(hits) == 1
+    torch.testing.assert_close(few, plain, rtol=1e-4, atol=2e-6)
 
 
 def test_size_of_the_paper():

@@ -80,14 +80,24 @@ class Attention(nn.Module):
                 keep: Tensor | None = None) -> Tensor:
         if memory is None:
             memory, memory_positions = x, positions
-        # Queries that depend on no observation are projected once, not for each of the B: constant in an exported network.
-        q = self.query(x + positions).expand(memory.shape[0], -1, -1)
-        k, v = self.key(memory + memory_positions), self.value(memory)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, ·, d/heads)
+        q, k, v = self._project(x + positions, memory + memory_positions, memory)
         mask = None if keep is None else keep[:, None, None, :]
         found = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         found = self.out(found.transpose(1, 2).flatten(2))
         return self.norm(x + F.dropout(found, self.dropout, self.training))
+
+    def mixture(self, x: Tensor, positions: Tensor, memory: Tensor, memory_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What is found, before dropout and residual path, as weights (B, S, heads·T) @ values (B, heads·T, d) + out.bias."""
+        q, k, v = self._project(x + positions, memory + memory_positions, memory)
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)            # (B, heads, S, T)
+        values = v @ self.out.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)            # (B, heads, T, d)
+        return weights.transpose(1, 2).flatten(2), values.flatten(1, 2)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Queries, keys and values of each head, (B, heads, ·, d/heads)."""
+        # Queries that depend on no observation are projected once, not for each of the B: constant in an exported network.
+        parts = self.query(query).expand(value.shape[0], -1, -1), self.key(key), self.value(value)
+        return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
 
 
 class FeedForward(nn.Module):
@@ -100,7 +110,8 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.layers(x))
+        # As a matrix, which ONNX Runtime multiplies and adds to in one go.
+        return self.norm(x + self.layers(x.flatten(0, 1)).view_as(x))
 
 
 class EncoderLayer(nn.Module):
@@ -117,7 +128,7 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Queries look at each other, then at the memory. x: (B or 1, H, d), queries: (H, d), memory: (B, S, d) → (B, H, d).
 
-    first: they hold nothing yet and do not look at each other.
+    first: they hold nothing yet, x is (1, H, d) with equal steps, and they do not look at each other.
     """
 
     def __init__(self, config: ACTConfig, first: bool):
@@ -128,7 +139,28 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, queries: Tensor, memory: Tensor, positions: Tensor) -> Tensor:
         if self.among is not None:
             x = self.among(x, queries)
+        elif not self.training and self.attention.heads * memory.shape[1] < x.shape[1]:
+            return self._from_few(x, queries, memory, positions)
         return self.feedforward(self.attention(x, queries, memory, positions))
+
+    def _from_few(self, x: Tensor, queries: Tensor, memory: Tensor, positions: Tensor) -> Tensor:
+        """The same without dropout, sooner where the memory is short, such as numbers only.
+
+        All that the attention adds to the equal steps are mixtures of n = heads·S values. The normalisation is linear but for a
+        scale of each step, so that the first layer of the perceptron, of all layers the largest, need not see H steps, but n + 1.
+        """
+        attention, layers = self.attention, self.feedforward.layers
+        weights, values = attention.mixture(x, queries, memory, positions)
+        constant = (x[:, :1] + attention.out.bias).expand(len(values), -1, -1)
+        basis = torch.cat([constant, values], dim=1)                                            # (B, n + 1, d)
+        basis = basis - basis.mean(dim=-1, keepdim=True)
+        weights = torch.cat([torch.ones_like(weights[..., :1]), weights], dim=-1)               # (B, H, n + 1)
+        y = weights @ basis                                                                     # (B, H, d), of mean 0
+        scale = (y.square().mean(dim=-1, keepdim=True) + attention.norm.eps).rsqrt()
+        y = scale * y * attention.norm.weight + attention.norm.bias
+        hidden = F.linear(basis * attention.norm.weight, layers[0].weight)                      # (B, n + 1, feedforward)
+        hidden = (scale * weights) @ hidden + F.linear(attention.norm.bias, layers[0].weight, layers[0].bias)
+        return self.feedforward.norm(y + layers[1:](hidden.flatten(0, 1)).view_as(y))
 
 
 class VAE(nn.Module):
