@@ -71,7 +71,7 @@ def test_a_planner_that_is_known_and_nodes_that_run(simulated, node, nodes, tmp_
     planner.join()
     check_against(planner, arm, heard)
 
-    output, _ = simulated.communicate(timeout=60)
+    output, _ = simulated.communicate(timeout=120)
     print(output)
     assert simulated.returncode == 0 and 'one policy step is 100 ms: ' in output
     result = json.loads((tmp_path / 'out/latency.json').read_text())
