@@ -24,7 +24,7 @@ def chunk(received_ms: float, length_ms: float = 500.0, epoch: int = 1, sequence
 
 
 def status(time_ms: float, epoch: int = 1, follows: bool = True, starved: bool = False) -> Status:
-    return Status(BEGAN + round(time_ms * MS), epoch, follows, starved, 'no fresh chunk' if starved else 'following chunks')
+    return Status(BEGAN + round(time_ms * MS), epoch, follows, starved, False, 'no fresh chunk' if starved else 'armed')
 
 
 def heard(chunks, statuses=(), ended_ms: float = 10_000.0, planned=(), followed=(), commands=()) -> Heard:
@@ -140,7 +140,14 @@ def test_what_it_writes_are_numpys_quantiles(tmp_path, capsys):
 def test_a_gap_of_more_than_a_policy_step_is_missed(when, arrivals, kept, words):
     given = heard([chunk(at, 1500, inference_ms=50) for at in arrivals], [status(0)], 1000)
     verdict = latency._verdict(when, given, beyond_inference(given.chunks))
-    assert verdict['kept'] is kept and words in latency._words(verdict)
+    assert verdict['kept'] is kept and words in latency._words(verdict) and 'FAULT' not in latency._words(verdict)
+
+
+def test_faults_are_told_once_each():
+    told = [Status(BEGAN + at * MS, 1, not fault, False, fault, 'stale' if fault else 'armed')
+            for at, fault in ((0, True), (100, True), (200, False), (300, True), (400, True))]
+    verdict = latency._verdict('continuous', heard([chunk(100)], told), np.array([]))
+    assert verdict['faults'] == ['stale', 'stale'] and latency._words(verdict).count('; FAULT: stale') == 2
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [

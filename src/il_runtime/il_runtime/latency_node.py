@@ -82,7 +82,7 @@ class LatencyNode(Node):
             'time': nanoseconds(message.header.stamp), 'epoch': message.epoch,
             'follows': message.follows_chunks and message.mode in FOLLOWING,
             'starved': message.mode in (ControllerStatus.STOPPING, ControllerStatus.HOLD) and message.reason == STARVED,
-            'reason': message.reason})
+            'fault': message.mode == ControllerStatus.FAULT, 'reason': message.reason})
 
     def heard(self, began: int, ended: int) -> dict:
         """All that was kept."""

@@ -103,6 +103,7 @@ class Status:
     """Chunks are followed, or will be as soon as one covers now."""
     starved: bool
     """It stops, or has stopped, for want of a fresh chunk."""
+    fault: bool
     reason: str
 
 
@@ -294,11 +295,12 @@ def _verdict(when: str, heard: Heard, beyond: np.ndarray) -> dict:
     if len(beyond):
         p99 = float(np.quantile(beyond, 0.99, method='higher'))
     statuses = sorted(heard.statuses, key=lambda status: status.time)
+    changes = list(zip([None, *statuses], statuses))
     return {'plan_when': when, 'beyond_inference_p99_s': p99, 'policy_step_s': step, 'gaps': len(beyond),
             'kept': None if p99 is None or when in ('stride', 'horizon') else p99 <= step,
             'starved_times': len(starved), 'starved_s': sum(end - begin for begin, end in starved) * 1e-9, 'followed_s': followed,
-            'stops_for_want_of_a_chunk': sum(s.starved and not before.starved for before, s in zip(statuses, statuses[1:])),
-            'last_reason': statuses[-1].reason if statuses else ''}
+            'stops_for_want_of_a_chunk': sum(now.starved and not (before and before.starved) for before, now in changes),
+            'faults': [now.reason for before, now in changes if now.fault and not (before and before.fault)]}
 
 
 def _words(verdict: dict) -> str:
@@ -310,7 +312,8 @@ def _words(verdict: dict) -> str:
         gap = f'without a fresh chunk beyond inference, p99: {1e3 * p99:.1f} ms, one policy step is {1e3 * step:g} ms: {judged}'
     share = 100 * verdict['starved_s'] / followed if followed else 0.0
     return (f'{verdict["plan_when"]}: {gap}; starved (no chunk covers now) {verdict["starved_times"]} times, {share:.2f} % of '
-            f'{followed:.1f} s, stopped for it {verdict["stops_for_want_of_a_chunk"]} times')
+            f'{followed:.1f} s, stopped for it {verdict["stops_for_want_of_a_chunk"]} times'
+            + ''.join(f'; FAULT: {reason}' for reason in verdict['faults']))
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
