@@ -52,6 +52,20 @@ def test_an_older_checkpoint_is_replaced_and_nothing_is_left_beside_it(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ['p']
 
 
+def test_a_link_to_another_place_stays_one(tmp_path):
+    """Each save replaces the folder that it points to; between the two renames of one the older checkpoint still loads."""
+    (tmp_path / 'large').mkdir()
+    (tmp_path / 'p').symlink_to(tmp_path / 'large' / 'kept')
+    for seed in range(3):
+        policy = make_flow(seed)
+        checkpoint.save(tmp_path / 'p', policy, EXTRA)
+        assert checkpoint.load(tmp_path / 'p').hash == policy.hash
+    assert (tmp_path / 'p').is_symlink() and {entry.name for entry in tmp_path.iterdir()} == {'p', 'large'}
+    assert [entry.name for entry in (tmp_path / 'large').iterdir()] == ['kept']
+    (tmp_path / 'large' / 'kept').rename(tmp_path / 'large' / '.kept.old')
+    assert checkpoint.load(tmp_path / 'p').hash == policy.hash
+
+
 def flip_a_bit(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1

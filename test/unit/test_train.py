@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from il_policies import checkpoint
 from il_policies.contract import ContractError
@@ -189,9 +192,26 @@ def test_what_cannot_be_trained_is_named(dataset):
     with pytest.raises(TrainError, match='no budget'):
         train(dataset, TrainConfig(), progress=quiet)
     for wrong, message in (({'steps': 0}, 'steps is 0'), ({'where': ('left',)}, 'field=value'),
+                           ({'seed': -1}, 'seed is -1'), ({'episode_seed': -2}, 'episode_seed is -2'),
                            ({'ema_decay': 1.0}, 'ema_decay'), ({'ema_power': -0.75}, 'ema_power is -0.75')):
         with pytest.raises(ValueError, match=message):
             TrainConfig(**wrong)
+
+
+def test_data_that_cannot_be_learnt_from_is_named(dataset, tmp_path):
+    info = dataclasses.replace(dataset.info, features={'front': dataset.info.features['front']})
+    create(tmp_path / 'd', info)
+    images = {'front': [cv2.imencode('.jpg', dataset.image(0, 'front', 0))[1].tobytes()] * 20}
+    write_episode(tmp_path / 'd', 0, {}, np.zeros((20, 1)), np.arange(20) * 10**8, np.zeros(20, bool), images, {}, {})
+    with pytest.raises(TrainError, match='d: has images only, front; name what the policy sees: --observations'):
+        train(Dataset(tmp_path / 'd'), TrainConfig(steps=1), progress=quiet)
+    shutil.copytree(dataset.path, tmp_path / 'n')
+    file = tmp_path / 'n' / 'episodes' / '000003' / 'lowdim.parquet'
+    rows = parquet.read_table(file).to_pydict()
+    rows['state'][7] = [0.5, math.nan]
+    parquet.write_table(pyarrow.table(rows, parquet.read_schema(file)), file)
+    with pytest.raises(TrainError, match=r"n: statistics of 'state'.*nan.*must be finite"):
+        train(Dataset(tmp_path / 'n'), TrainConfig(FlowConfig(SMALL), horizon=8, steps=1), progress=quiet)
 
 
 @pytest.mark.parametrize('preset', sorted(file.stem for file in (ROOT / 'config' / 'policies').glob('*.yaml')))

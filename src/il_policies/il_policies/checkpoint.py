@@ -39,8 +39,8 @@ class CheckpointError(ValueError):
 
 
 def require_writable(path: str | Path) -> Path:
-    """The absolute path, if a checkpoint can be written there: asked before training, not after it. Raises CheckpointError."""
-    path = Path(path).absolute()
+    """The path, links followed, if a checkpoint can be written there: asked before training, not after. Raises CheckpointError."""
+    path = Path(path).resolve()  # a link, such as to a larger disk, stays: what it points to is renamed
     _recover(path)
     if path.exists() and not (path / DESCRIPTION).exists():
         raise CheckpointError(f'{path}: exists and is no checkpoint; give another folder')
@@ -123,7 +123,7 @@ def load(path: str | Path) -> Policy:
     """The policy of a checkpoint folder, in evaluation mode, with `extra` and `hash` set. Raises CheckpointError."""
     path = Path(path)
     try:
-        description, weights = _read(path.absolute())
+        description, weights = _read(path.resolve())
         text = description.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f'{path}: no readable checkpoint ({DESCRIPTION} and {WEIGHTS}): {error}') from None

@@ -132,6 +132,9 @@ class TrainConfig:
         for key in ('steps', 'minutes', 'max_episodes', 'vision_learning_rate', 'save_steps'):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise ValueError(f'{key} is {getattr(self, key)}, must be > 0')
+        for key in ('seed', 'episode_seed'):
+            if getattr(self, key) < 0:
+                raise ValueError(f'{key} is {getattr(self, key)}, must be at least 0')
         for key in ('history', 'horizon', 'batch_size', 'learning_rate', 'clip_norm', 'threads', 'validate_steps',
                     'save_minutes'):
             if not getattr(self, key) > 0:
@@ -222,7 +225,7 @@ def train(dataset: Dataset, config: TrainConfig, output: str | Path | None = Non
         processes = stack.enter_context(join_processes(config))
         saved = None
         if output is not None:
-            output = checkpoint.require_writable(output) if processes.first else Path(output).absolute()
+            output = checkpoint.require_writable(output) if processes.first else Path(output).resolve()
             saved = None if overwrite else saved_run(output, dataset, config, resume)
             if processes.total(saved is not None) not in (0, processes.count):
                 raise TrainError(f'{output}: not all processes find it; --out must be in a folder that all machines share')
@@ -235,6 +238,9 @@ def train(dataset: Dataset, config: TrainConfig, output: str | Path | None = Non
         episodes = choose_episodes(dataset, config)
         training, held_out = split_episodes(episodes, config)
         observations = config.observations or tuple(dataset.info.lowdim)
+        if not observations:
+            raise TrainError(f'{dataset.path}: has images only, {", ".join(dataset.info.images)}; name what the policy sees: '
+                             '--observations')
         windows = Windows(dataset, observations, config.history, config.horizon, training, cache=False)
         if min(config.batch_size, len(windows)) < processes.count:
             raise TrainError(f'batch_size is {config.batch_size} and there are {len(windows)} windows; with '
@@ -668,12 +674,15 @@ def choose_episodes(dataset: Dataset, config: TrainConfig) -> list[int]:
 
 
 def make_policy(dataset: Dataset, config: TrainConfig, observations: tuple[str, ...], windows: Windows) -> Policy:
-    """An untrained policy for a dataset, normalised by its windows. Raises PolicyError."""
+    """An untrained policy for a dataset, normalised by its windows. Raises PolicyError, and TrainError for NaN in the data."""
     info = dataset.info
     spec = PolicySpec(features={name: info.features[name].shape for name in observations},
                       action_names=info.action.names, horizon=config.horizon, history=config.history,
                       step_period=1.0 / info.fps, action_offset=info.action.offset)
-    normalizer = Normalizer.fit({**windows.lowdim, 'action': windows.action})
+    try:
+        normalizer = Normalizer.fit({**windows.lowdim, 'action': windows.action})
+    except ValueError as error:
+        raise TrainError(f'{dataset.path}: {error}') from None
     policy = checkpoint.POLICIES[config.kind][0](spec, config.policy, normalizer)
     if config.pretrained is not None:
         try:
