@@ -122,3 +122,6 @@ def test_the_command_writes_table_file_and_picture(tmp_path, capsys):
     for step, row in enumerate(rows):
         assert row[2] == f'{saved["joints"]["b"]["rms"][step]:.3f} / {saved["joints"]["b"]["worst"][step]:.3f}'
     assert (tmp_path / 'out/errors.png').read_bytes()[:4] == b'\x89PNG'
+    with pytest.raises(SystemExit) as end:
+        cli.main(['replay', str(bag), '--policy', str(tmp_path / 'policy'), '--threads', '0'])
+    assert end.value.code == 2 and capsys.readouterr().err == 'il: threads is 0, must be at least 1\n'

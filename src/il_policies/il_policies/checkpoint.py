@@ -39,7 +39,7 @@ class CheckpointError(ValueError):
 
 
 def require_writable(path: str | Path) -> Path:
-    """The path, links followed, if a checkpoint can be written there: asked before training, not after. Raises CheckpointError."""
+    """The path, links followed, if a checkpoint can be written there: asked before training. Raises CheckpointError."""
     path = Path(path).resolve()  # a link, such as to a larger disk, stays: what it points to is renamed
     _recover(path)
     if path.exists() and not (path / DESCRIPTION).exists():

@@ -380,19 +380,17 @@ def replay(bag: Annotated[Path, tyro.conf.Positional], policy: Path, contract: P
         out: JSON file for all errors, by joint and step.
         plot: PNG file: what was done with the chunks over it, and the error against the time ahead.
     """
-    import torch
     from rich.console import Console
     from rich.table import Table
 
     from il_policies.bags.reader import Bag
-    from il_policies.checkpoint import load
     from il_policies.contract import load_contract
+    from il_policies.deploy import load
     from il_policies.replay import contract_for, table
     from il_policies.replay import plot as draw
     from il_policies.replay import replay as play
 
-    torch.set_num_threads(threads)
-    recording, loaded = Bag(bag), load(policy)
+    recording, loaded = Bag(bag), load(policy, 'torch', threads)
     with Console(stderr=True).status('replaying'):
         result = play(recording, loaded, load_contract(contract) if contract else contract_for(recording, loaded), stride, seed)
     if out is not None:

@@ -131,6 +131,8 @@ def load(path: str | Path, backend: Literal['auto', 'torch', 'onnxruntime', 'ope
     """
     if backend not in BACKENDS:
         raise DeployError(f'backend is {backend!r}; valid: {", ".join(BACKENDS)}')
+    if threads < 1:
+        raise DeployError(f'threads is {threads}, must be at least 1')
     torch.set_num_threads(threads)
     policy, folder = checkpoint.load(path), Path(path) / FOLDER
     engines = list(filter(installed, ENGINES)) if backend == 'auto' else [backend]

@@ -228,4 +228,4 @@ def plot(result: Replay, path: Path) -> None:
     axes[-1, 1].set_xlabel('ahead of the observation [s]')
     figure.suptitle(f'{result.bag}: policy {result.policy}, {len(result.starts)} chunks')
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format='png')
