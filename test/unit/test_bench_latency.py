@@ -78,7 +78,9 @@ def test_starvation_equals_what_looking_every_millisecond_sees(seed):
     for at in cuts:
         statuses.append(status(at, statuses[-1].epoch + int(rng.random() < 0.3), bool(rng.random() < 0.7)))
     epochs = [max((s for s in statuses if s.time <= BEGAN + t * MS), key=lambda s: s.time).epoch for t in times.tolist()]
-    chunks = [chunk(float(t), float(rng.integers(5, 900)), epoch, k) for k, (t, epoch) in enumerate(zip(times, epochs))]
+    # Some have ended when they come.
+    chunks = [chunk(float(t), float(rng.integers(5, 900)), epoch, k, float(rng.integers(0, 300)))
+              for k, (t, epoch) in enumerate(zip(times, epochs))]
     given = heard(chunks, statuses)
 
     seen, out_of = 0, 0

@@ -167,7 +167,9 @@ def starvation(heard: Heard) -> tuple[list[tuple[int, int]], float]:
         if now >= end:
             continue
         followed += end - now
-        for covers, until in (*sorted((max(c.received, c.start), c.end) for c in chunks), (end, end)):
+        # One that has ended when it comes covers nothing.
+        spans = sorted((max(c.received, c.start), c.end) for c in chunks if c.end > c.received)
+        for covers, until in (*spans, (end, end)):
             if min(covers, end) > now:
                 starved.append((now, min(covers, end)))
             now = min(max(now, until), end)
