@@ -12,6 +12,7 @@ from il_policies.policies import PolicySpec
 from il_policies.policies.bc import BC, BCConfig
 from il_policies.policies.diffusion import Diffusion, DiffusionConfig
 from il_policies.policies.flow import Flow, FlowConfig
+from il_policies.policies.guidance import Guidance
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.unet import UNetConfig
 from il_policies.policies.vision import VisionConfig
@@ -49,6 +50,27 @@ def test_chunks_are_those_of_torch(exported, batch):
     assert (fast.backend, eager.backend) == ('onnxruntime', 'torch')
     torch.testing.assert_close(fast.predict(observations(batch), noise=noise), eager.predict(observations(batch), noise=noise),
                                rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize('mode', ['vjp', 'identity'])
+def test_guided_chunks_are_those_of_torch(exported, mode):
+    path, _ = exported
+    noise = torch.randn((1, 8, 3), generator=torch.Generator().manual_seed(1))
+    guidance = Guidance(torch.full((1, 8, 3), 0.4), torch.linspace(1.0, 0.0, 8), mode)
+    free, fast, eager = (deploy.load(path, backend).predict(observations(1), noise=noise, guidance=given) for backend, given in
+                         (('torch', None), ('auto', guidance), ('torch', guidance)))
+    assert (eager - free).abs().max() > 0.05
+    torch.testing.assert_close(fast, eager, rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+def test_the_network_at_several_times_is_that_at_each(exported, batch):
+    path, _ = exported
+    fast, eager = deploy.load(path), deploy.load(path, 'torch')
+    x, condition, times = torch.randn(batch, 8, 3), eager.condition(observations(batch)), torch.rand(4, batch)
+    with torch.no_grad():
+        for at, t in zip(fast.at(times, condition), times, strict=True):
+            torch.testing.assert_close(at(x), eager.net(x, t, condition), rtol=0.0, atol=1e-5)
 
 
 def test_a_sampler_that_draws_at_every_step_is_compared_with_the_same_draws():

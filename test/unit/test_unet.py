@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from il_policies.policies.unet import TIME_SCALE, Conv, GroupNorm, TimeEmbedding, UNet, UNetConfig, Upsample
+from il_policies.policies.unet import TIME_SCALE, Block, Conv, GroupNorm, TimeEmbedding, UNet, UNetConfig, Upsample
 
 
 @pytest.mark.parametrize(('kernel_size', 'stride'), [(5, 1), (3, 2), (1, 1)])
@@ -60,6 +60,52 @@ def test_time_embedding_of_a_diffusion_step_is_the_sinusoid_of_the_integer():
     torch.testing.assert_close(embedding(k / TIME_SCALE), torch.tensor(expected), rtol=0, atol=2e-4)
     coarse = embedding.to(torch.bfloat16)(k / TIME_SCALE)
     torch.testing.assert_close(coarse.float(), torch.tensor(expected), rtol=0, atol=1e-2)
+
+
+def test_block_is_the_published_one():
+    torch.manual_seed(0)
+    block = Block(4, 16, 6, UNetConfig((16,)), torch.nn.Mish())
+    x, condition = torch.randn(3, 8, 4), torch.randn(3, 6)
+    weight = block.conv1.linear.weight.view(16, 5, 4).transpose(1, 2), block.conv2.linear.weight.view(16, 5, 16).transpose(1, 2)
+
+    def convolved(x, i):
+        y = F.conv1d(x, weight[i], (block.conv1, block.conv2)[i].linear.bias, padding=2)
+        return F.mish(F.group_norm(y, 8))
+
+    scale, bias = (condition @ block.film.weight.T + block.film.bias)[..., None].split(16, dim=1)
+    expected = convolved(convolved(x.transpose(1, 2), 0) * (1 + scale) + bias, 1).transpose(1, 2)
+    expected = expected + x @ block.residual.weight.T + block.residual.bias
+    torch.testing.assert_close(block(x, block.modulate(condition)[:, None]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('blocks', [1, 2])
+def test_each_block_gets_its_own_modulation(blocks):
+    """Though those of all blocks are passed on side by side."""
+    torch.manual_seed(0)
+    net = UNet(3, 7, 8, UNetConfig((8, 16), blocks=blocks), True)
+    x, t, condition = torch.randn(2, 8, 3), torch.rand(2), torch.randn(2, 7)
+    seen = []
+    for block in net.blocks:
+        block.register_forward_pre_hook(lambda block, inputs: seen.append((block, inputs[1])))
+    net(x, t, condition)
+    assert [block for block, _ in seen] == net.blocks and len(seen) == 4 * blocks
+    given = net.activation(torch.cat([net.time(t), condition], dim=-1))
+    for block, modulation in seen:
+        torch.testing.assert_close(modulation[:, 0], block.modulate(given), msg='of another block')
+
+
+def test_names_and_shapes_in_checkpoints_stay():
+    block = {'conv1.linear.weight': (8, 40), 'conv1.linear.bias': (8,), 'norm1.weight': (8,), 'norm1.bias': (8,),
+             'film.weight': (16, 11), 'film.bias': (16,), 'conv2.linear.weight': (8, 40), 'conv2.linear.bias': (8,),
+             'norm2.weight': (8,), 'norm2.bias': (8,)}
+    expected = {'time.mlp.0.weight': (16, 4), 'time.mlp.0.bias': (16,), 'time.mlp.2.weight': (4, 16), 'time.mlp.2.bias': (4,),
+                **{f'down.0.0.{name}': shape for name, shape in block.items()}, 'down.0.0.conv1.linear.weight': (8, 15),
+                'down.0.0.residual.weight': (8, 3), 'down.0.0.residual.bias': (8,),
+                **{f'bottom.0.{name}': shape for name, shape in block.items()},
+                'last.0.linear.weight': (8, 40), 'last.0.linear.bias': (8,), 'last.1.weight': (8,), 'last.1.bias': (8,),
+                'last.3.weight': (3, 8), 'last.3.bias': (3,)}
+    net = UNet(3, 7, 8, UNetConfig((8,), time_size=4), True)
+    assert {name: tuple(value.shape) for name, value in net.state_dict().items()} == expected
 
 
 @pytest.mark.parametrize('down_dims', [(16,), (16, 32), (16, 32, 64)])
