@@ -326,6 +326,30 @@ def test_planning_that_is_too_slow_is_named_until_it_is_not(node, nodes, tmp_pat
     assert not streams.shown(asked, DiagnosticStatus.ERROR, ['starved'])
 
 
+def test_frames_that_come_late_are_no_slow_planning(node, nodes, tmp_path):
+    """By twice the stride; what the planner cannot help it does not warn of."""
+    contract = yaml.safe_load(raw_contract(tmp_path).read_text())
+    for stream in contract['observations'].values():
+        stream['max_age'] = 2.0
+    (tmp_path / 'late.yaml').write_text(yaml.safe_dump(contract))
+    nodes.start('policy_node', contract=tmp_path / 'late.yaml', stride=3, nice=0,
+                checkpoint=save_policy(tmp_path / 'policy', features=('joint_positions', 'front')))
+    streams = Streams(node)
+
+    def late(message):
+        message.header.stamp = to_stamp(nanoseconds(message.header.stamp) - 600_000_000)
+
+    streams.fault = ('front', late)
+    wait_for(lambda: streams.diagnostics, 40, 'diagnostics')
+    streams.follow(1)
+    wait_for(lambda: len(streams.chunks) > 4, what='chunks')
+    since = time.monotonic()
+    wait_for(lambda: [at for at, _ in streams.diagnostics if at > since + 1.0], what='diagnostics')
+    assert {status.message for at, status in streams.diagnostics if at > since} == {'planning'}
+    told = {pair.key: pair.value for pair in streams.diagnostics[-1][1].values}
+    assert float(told['capture to published p50 / p90 / p99 / max'].split()[0]) > 600
+
+
 def test_a_warm_start_is_where_a_slowed_down_arm_is(node, nodes, tmp_path):
     """With tau near 1 a chunk is what is left of the one before, which is the more the slower that was played."""
     nodes.start('policy_node', contract=CONTRACT, checkpoint=save_policy(tmp_path / 'policy'), stride=3, nice=0, tau=0.99)

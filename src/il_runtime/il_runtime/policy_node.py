@@ -444,11 +444,11 @@ class PolicyNode(LifecycleNode):
         if not following:
             return DiagnosticStatus.OK, f'waiting: the controller is not in a mode that follows chunks ({status.reason})'
         spec = brain.policy.spec
-        slow = self.windows['delay'].quantiles(monotonic, (DELAY_SHARE,))
+        late, slow = (self.windows[name].quantiles(monotonic, (DELAY_SHARE,)) for name in ('delay', 'inference'))
         length = (spec.horizon - 1) * spec.step_period
-        if slow is not None and slow[0] > length:
+        if late is not None and late[0] > length:
             return DiagnosticStatus.ERROR, (f'starved: chunks end before they are planned: they cover {length:.2f} s and come '
-                                            f'after {slow[0]:.2f} s')
+                                            f'after {late[0]:.2f} s')
         if slow is not None and self._value('plan_when') == 'stride' and slow[0] > self._value('stride') * spec.step_period:
             return DiagnosticStatus.WARN, (f'slow: planning takes {slow[0]:.2f} s, more than the stride of '
                                            f'{self._value("stride") * spec.step_period:.2f} s')
