@@ -76,6 +76,10 @@ def test_what_does_not_fit_is_refused(root):
         evaluate(blind, 'pusht', shuffled=True)
     with pytest.raises(PolicyError, match='valid: pusht, reach_around, reach_around_wide'):
         evaluate(blind, 'chess')
+    for option, value, least in (('episodes', 0, 1), ('seed', -1, 0), ('stride', 0, 1)):
+        for task in ('pusht', 'reach_around'):
+            with pytest.raises(PolicyError, match=f'{task}: {option} is {value}, must be at least {least}'):
+                evaluate(blind, task, **{option: value})
 
 
 @rendering

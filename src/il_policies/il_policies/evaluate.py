@@ -74,8 +74,11 @@ TASKS = ('pusht', 'reach_around', 'reach_around_wide')
 def evaluate(policy: Policy, task: str, shuffled: bool = False, **options) -> dict:
     """Evaluate in the named task. shuffled: with the camera images of other episodes, for policies that see images.
 
-    Raises PolicyError for unknown tasks, or policies that do not fit.
+    Raises PolicyError for unknown tasks, policies that do not fit, and numbers out of range.
     """
+    for name, least in (('episodes', 1), ('seed', 0), ('stride', 1)):
+        if name in options and options[name] < least:
+            raise PolicyError(f'{task}: {name} is {options[name]}, must be at least {least}')
     if task == 'pusht' and not shuffled:
         return evaluate_pusht(policy, **options)
     if task in ('reach_around', 'reach_around_wide'):
