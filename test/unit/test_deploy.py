@@ -135,7 +135,8 @@ def test_an_export_of_another_policy_or_a_damaged_one_is_refused(exported, tmp_p
 
 
 def test_a_network_that_differs_is_not_accepted(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path / 'p', make('flow'), {})
+    spec = PolicySpec({'state': (2,)}, ('a', 'b', 'c'), 8, 2, 0.1, 0.0)
+    checkpoint.save(tmp_path / 'p', BC(spec, BCConfig(unet=UNetConfig(down_dims=(8,))), make('bc').normalizer), {})
     monkeypatch.setattr(deploy, 'TOLERANCE', 0.0)
     with pytest.raises(DeployError, match='nothing was written'):
         deploy.export(tmp_path / 'p')
