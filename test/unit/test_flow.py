@@ -199,6 +199,28 @@ def test_delays_trained_on_have_the_stated_distribution(decay):
     assert shares == pytest.approx([w / sum(weights) for w in weights], abs=0.01)  # 4 standard deviations
 
 
+def test_from_an_offset_of_the_committed_steps_the_rest_comes_back():
+    """Shifted as a whole, half of it gone after two steps, all after four; what continues nothing is the demonstration."""
+    torch.manual_seed(0)
+    flow = Flow(make_spec(horizon=12), FlowConfig(backbone='transformer', transformer=TransformerConfig(32, 1, 2, time_size=16),
+                                                  rtc_max_delay=3, rtc_prefix_noise=0.2), unit_normalizer(make_spec()))
+    asked = []
+    flow.net.register_forward_hook(lambda module, inputs, output: asked.append(inputs))
+    flow.sample_time = lambda n: torch.full((n,), 1.0 - 1e-6)  # all steps as good as clean
+    action = torch.randn(3000, 12, 3)
+    flow.loss({'observation': {'state': torch.zeros(3000, 2, 2)}, 'action': action, 'valid': torch.ones(3000, 12, dtype=bool)})
+    x, t, _ = asked[0]
+    shift, delay = x - action, (t == 1).sum(dim=1)
+    assert shift[delay == 0].abs().max() < 1e-4
+    for d in (1, 2, 3):
+        offset = shift[delay == d][:, :1]
+        assert offset.std().item() == pytest.approx(0.2, rel=0.1) and abs(offset.mean().item()) < 0.03
+        left = (shift[delay == d] / offset).nanmedian(dim=0).values.mean(dim=1)
+        assert left[:d].tolist() == pytest.approx([1.0] * d, abs=1e-3)
+        assert left[d + 1].item() == pytest.approx(0.5, abs=1e-3) and left[d + 3:].abs().max() < 1e-3
+        assert (left[d - 1:d + 4].diff() < 0).all()
+
+
 def test_prefix_stays_and_the_rest_is_integrated_after_it():
     """Step by step by hand, warm start included; without a delay it is plain sampling."""
     flow = committing_flow(rtc_max_delay=3, euler_steps=4)
@@ -285,6 +307,8 @@ def test_what_it_cannot_take_is_named():
         FlowConfig(rtc_max_delay=2)
     with pytest.raises(ValueError, match='rtc_delay_decay is -1.0, must be at least 0'):
         FlowConfig(rtc_delay_decay=-1.0)
+    with pytest.raises(ValueError, match='rtc_prefix_noise is -0.1, must be at least 0'):
+        FlowConfig(rtc_prefix_noise=-0.1)
     with pytest.raises(PolicyError, match='rtc_max_delay is 8, must be less than the horizon, 8'):
         committing_flow(rtc_max_delay=8)
     prefix = Guidance(torch.zeros(1, 8, 3), torch.ones(8), 'prefix', delay=3)

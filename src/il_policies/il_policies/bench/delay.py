@@ -48,6 +48,10 @@ BLENDS = (('newest_first', 0.1), ('newest_first', 0.5), ('oldest_first', 0.01), 
 """Mode and m of the ensembling."""
 TRANSFORMER = TransformerConfig(width=64, layers=3)
 MAX_DELAY = HORIZON // 2
+PREFIX_NOISE = 0.15
+"""Of training-time RTC, see `FlowConfig`; 0 as published."""
+BATCH = 32
+"""Windows of a training step: on a CPU time is short, and more steps are worth more than less noise."""
 METHODS = {
     'synchronous': Execution(SYNCHRONOUS_STRIDE, 'per_chunk', ensembling='latest', waits=True),
     'naive': Execution(STRIDE, 'per_chunk', ensembling='latest'),
@@ -95,6 +99,13 @@ def demonstrate(path: Path, contract: Contract, count: int, seed: int) -> Datase
     if kept < count // 2:
         raise BenchError(f'only {kept} of {count} demonstrations reached the goal')
     return Dataset(path)
+
+
+def training(trained: str, minutes: float, seed: int, threads: int) -> TrainConfig:
+    """How the policy of that name is trained: plain, or training_rtc."""
+    options = {'rtc_max_delay': MAX_DELAY, 'rtc_prefix_noise': PREFIX_NOISE} if trained == 'training_rtc' else {}
+    policy = FlowConfig(backbone='transformer', transformer=TRANSFORMER, **options)
+    return TrainConfig(policy, horizon=HORIZON, batch_size=BATCH, minutes=minutes, seed=seed, threads=threads)
 
 
 def execution_of(method: str, delay: int, blend: tuple[str, float] | None = None) -> Execution:
@@ -249,9 +260,7 @@ def run(out: Path = Path('bench_out'), methods: tuple[str, ...] = tuple(METHODS)
         data = demonstrate(Path(scratch) / 'demonstrations', load_contract(contract), demonstrations, seed)
         made = len(data)
         for trained, folder in folders.items():
-            policy = FlowConfig(backbone='transformer', transformer=TRANSFORMER,
-                                rtc_max_delay=MAX_DELAY if trained == 'training_rtc' else 0)
-            train(data, TrainConfig(policy, horizon=HORIZON, minutes=minutes, seed=seed, threads=threads), folder, resume=True)
+            train(data, training(trained, minutes, seed, threads), folder, resume=True)
 
     def job(method: str, delay: int, chosen: list[Scene], job_seed: int, blend: tuple[str, float] | None = None) -> Job:
         return Job(folders['training_rtc' if method == 'training_rtc' else 'plain'], execution_of(method, delay, blend), chosen,

@@ -24,6 +24,9 @@ from il_policies.policies.transformer import TransformerConfig
 from il_policies.policies.unet import UNetConfig
 from il_policies.policies.vision import VisionConfig
 
+COME_BACK = 4
+"""Steps in which an offset of committed steps is given up in training: about those that are executed before the next chunk."""
+
 
 @dataclass(frozen=True)
 class FlowConfig:
@@ -47,14 +50,19 @@ class FlowConfig:
     rtc_delay_decay: float = 0.25
     """Training-time RTC: d steps are handed over with a probability in proportion to exp(-rtc_delay_decay·d). The first chunk
     of an epoch continues nothing, and only the samples with d = 0 teach its first step. 0: all delays alike."""
+    rtc_prefix_noise: float = 0.0
+    """Training-time RTC: standard deviation, of normalised actions, of an offset of what is handed over, from which the steps
+    after it come back to the demonstration. In demonstrations committed steps are never wrong, and a policy follows them
+    rather than what it observes; its own ones are. 0: off, as published."""
 
     def __post_init__(self):
         if self.euler_steps < 1:
             raise ValueError(f'euler_steps is {self.euler_steps}, must be at least 1')
         if self.rtc_max_delay < 0:
             raise ValueError(f'rtc_max_delay is {self.rtc_max_delay}, must be at least 0')
-        if not (math.isfinite(self.rtc_delay_decay) and self.rtc_delay_decay >= 0):
-            raise ValueError(f'rtc_delay_decay is {self.rtc_delay_decay}, must be at least 0')
+        for key in ('rtc_delay_decay', 'rtc_prefix_noise'):
+            if not (math.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
+                raise ValueError(f'{key} is {getattr(self, key)}, must be at least 0')
         if self.rtc_max_delay and self.backbone != 'transformer':
             raise ValueError(f'rtc_max_delay is {self.rtc_max_delay} and backbone {self.backbone!r}; a time for each step needs '
                              "backbone 'transformer'")
@@ -97,6 +105,9 @@ class Flow(SamplingPolicy):
         if self.config.rtc_max_delay:
             # Every sample keeps a step to learn from, however few it has before its episode ends.
             delay = torch.minimum(self.sample_delay(B), valid.sum(dim=1) - 1)
+            if self.config.rtc_prefix_noise:
+                offset = self.config.rtc_prefix_noise * torch.randn_like(x1[:, :1])
+                x1 = x1 + offset * (come_back(delay, H) * (delay > 0)[:, None])[..., None]
             t, committed = with_prefix(t, delay, H)
             valid = valid & ~committed
         xt = torch.lerp(x0, x1, t.view(B, -1, 1))
@@ -153,6 +164,12 @@ class Flow(SamplingPolicy):
             x = torch.where(committed[..., None], guidance.target, x)
             x = x + step * net(x)
         return torch.where(committed[..., None], guidance.target, x)
+
+
+def come_back(delay: Tensor, horizon: int) -> Tensor:
+    """What is left of an offset of the first `delay` (B,) steps: all in them, then by a cosine none after COME_BACK. (B, H)."""
+    after = torch.arange(horizon, device=delay.device) + 1 - delay[:, None]
+    return 0.5 + 0.5 * torch.cos(math.pi * (after / COME_BACK).clamp(0.0, 1.0))
 
 
 def with_prefix(t: Tensor, delay: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
