@@ -90,10 +90,14 @@ def test_damage_is_refused(damage, message, tmp_path):
 def test_another_version_is_refused(tmp_path):
     checkpoint.save(tmp_path / 'p', make_flow(), EXTRA)
     file = tmp_path / 'p' / 'policy.json'
+    saved = json.loads(file.read_text())
+    unet, action = saved['config']['unet'], saved['statistics']['action']
     for key, value, message in (('format', 99, 'format is 99; this version reads 1'),
-                                ('kind', 'gail', "kind is 'gail'; valid: act, bc, diffusion, flow")):
-        description = json.loads(file.read_text())
-        description[key] = value
+                                ('kind', 'gail', "kind is 'gail'; valid: act, bc, diffusion, flow"),
+                                ('config', {**saved['config'], 'unet': {**unet, 'gate': True}}, 'it has config.unet.gate, which'),
+                                ('spec', {**saved['spec'], 'language': 'en'}, 'it has spec.language, which'),
+                                ('statistics', {'action': action}, 'statistics must have 2 numbers of state$')):
+        description = {**saved, key: value}
         description['hash'] = checkpoint._hash(description)
         (tmp_path / key).mkdir()
         (tmp_path / key / 'model.safetensors').write_bytes((tmp_path / 'p' / 'model.safetensors').read_bytes())

@@ -146,6 +146,15 @@ def load(path: str | Path) -> Policy:
         spec = from_dict(PolicySpec, description['spec'], 'spec')
         config = from_dict(config_type, description['config'], 'config')
         statistics = from_dict(dict[str, dict[str, list[float]]], description['statistics'], 'statistics')
+        # Settings that only a newer version knows would be left out in silence.
+        unknown = _unknown(description['spec'], dataclasses.asdict(spec), 'spec.')
+        unknown += _unknown(description['config'], dataclasses.asdict(config), 'config.')
+        if unknown:
+            raise ValueError(f'it has {", ".join(unknown)}, which this version does not know')
+        sizes = {**{name: spec.features[name][0] for name in spec.lowdim}, 'action': len(spec.action_names)}
+        wrong = {name: size for name, size in sizes.items() if len(statistics.get(name, {}).get('min', ())) != size}
+        if wrong:
+            raise ValueError(f'statistics must have {", ".join(f"{size} numbers of {name}" for name, size in wrong.items())}')
         policy = policy_type(spec, config, Normalizer(statistics))
         policy.load_state_dict(load_tensors(weights))
         policy.extra = from_dict(dict, description['extra'], 'extra')
@@ -153,6 +162,13 @@ def load(path: str | Path) -> Policy:
         raise CheckpointError(f'{path}: does not fit this version: {" ".join(str(error).split())}') from None
     policy.hash = description['hash']
     return policy.eval().requires_grad_(False)
+
+
+def _unknown(data: dict, known: dict, place: str) -> list[str]:
+    """Names of what is in `data`, at any depth, but not in `known`."""
+    found = [f'{place}{key}' for key in data if key not in known]
+    return found + [name for key, value in data.items() if isinstance(value, dict) and isinstance(known.get(key), dict)
+                    for name in _unknown(value, known[key], f'{place}{key}.')]
 
 
 def _read(path: Path) -> tuple[bytes, bytes]:
