@@ -111,7 +111,7 @@ def test_as_a_process(dataset, tmp_path):
                                 '1', '--unet.down-dims', '16', '32'], stderr=subprocess.PIPE, text=True,
                                # A shell's background job inherits Ctrl-C ignored.
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    assert '10%' in process.stderr.readline()
+    assert '%  step ' in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1].strip().splitlines()
     assert process.returncode == 130 and not any('Traceback' in line for line in rest)
