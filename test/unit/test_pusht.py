@@ -6,6 +6,7 @@ import torch
 
 from il_policies.evaluate import evaluate, evaluate_pusht
 from il_policies.policies import PolicyError, PolicySpec
+from il_policies.policies.diffusion import Diffusion, DiffusionConfig
 from il_policies.policies.flow import Flow, FlowConfig
 from il_policies.policies.normalize import Normalizer
 from il_policies.policies.unet import UNetConfig
@@ -72,6 +73,19 @@ def test_an_episode_does_not_depend_on_the_others():
     assert result['score'] == pytest.approx(np.mean(result['scores']))
     assert all(0.0 <= score <= 1.0 for score in result['scores'])
     assert again['scores'][0] == pytest.approx(result['scores'][1], abs=1e-3)
+
+
+def test_scores_of_ddpm_are_reproduced_too():
+    """It draws at every step, beside the noise of a chunk; whoever asks for a score keeps a random state of his own."""
+    flow = make_policy({'pose': (6,)})
+    policy = Diffusion(flow.spec, DiffusionConfig(UNetConfig((16, 32)), sampler='ddpm', inference_steps=3), flow.normalizer).eval()
+    torch.manual_seed(1)
+    first = evaluate(policy, 'pusht', episodes=8, seed=100000)['scores']
+    after = torch.rand(1)
+    torch.manual_seed(2)
+    assert evaluate(policy, 'pusht', episodes=8, seed=100000)['scores'] == first
+    torch.manual_seed(1)
+    assert torch.rand(1) == after
 
 
 def test_other_policies_are_refused():

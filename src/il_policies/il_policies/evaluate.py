@@ -79,11 +79,13 @@ def evaluate(policy: Policy, task: str, shuffled: bool = False, **options) -> di
     for name, least in (('episodes', 1), ('seed', 0), ('stride', 1)):
         if name in options and options[name] < least:
             raise PolicyError(f'{task}: {name} is {options[name]}, must be at least {least}')
-    if task == 'pusht' and not shuffled:
-        return evaluate_pusht(policy, **options)
-    if task in ('reach_around', 'reach_around_wide'):
-        from il_policies.lockstep import evaluate_reach_around  # brings il_runtime's core, which PushT does not need
-        goals = 'wide' if task == 'reach_around_wide' else 'narrow'
-        return evaluate_reach_around(policy, goals=goals, shuffled=shuffled, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.get('seed', 0))  # DDPM draws anew at every step, whatever noise a chunk begins from
+        if task == 'pusht' and not shuffled:
+            return evaluate_pusht(policy, **options)
+        if task in ('reach_around', 'reach_around_wide'):
+            from il_policies.lockstep import evaluate_reach_around  # brings il_runtime's core, which PushT does not need
+            goals = 'wide' if task == 'reach_around_wide' else 'narrow'
+            return evaluate_reach_around(policy, goals=goals, shuffled=shuffled, **options)
     raise PolicyError('pusht: there are no images to shuffle' if task == 'pusht' else
                       f'no task {task!r}; valid: {", ".join(TASKS)}')
