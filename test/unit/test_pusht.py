@@ -78,7 +78,8 @@ def test_an_episode_does_not_depend_on_the_others():
 def test_scores_of_ddpm_are_reproduced_too():
     """It draws at every step, beside the noise of a chunk; whoever asks for a score keeps a random state of his own."""
     flow = make_policy({'pose': (6,)})
-    policy = Diffusion(flow.spec, DiffusionConfig(UNetConfig((16, 32)), sampler='ddpm', inference_steps=3), flow.normalizer).eval()
+    config = DiffusionConfig(UNetConfig((16, 32)), sampler='ddpm', inference_steps=3)
+    policy = Diffusion(flow.spec, config, flow.normalizer).eval()
     torch.manual_seed(1)
     first = evaluate(policy, 'pusht', episodes=8, seed=100000)['scores']
     after = torch.rand(1)
