@@ -32,8 +32,7 @@ FOLDER, DESCRIPTION = 'onnx', 'export.json'
 TOLERANCE = 1e-4
 """Largest difference from eager, in normalised actions, with which an export is accepted."""
 ENGINES = ('onnxruntime', 'openvino')
-"""Engines, which are Python modules too; the first that is installed will be used. OpenVINO is faster on an idle machine, and
-slower where others use the cores."""
+"""Engines, which are Python modules too; the first that is installed will be used."""
 BACKENDS = ('auto', 'torch', *ENGINES)
 MODULATE = 'net.modulate'
 """Name of the graph of what is computed once a chunk, where `net` is what is computed once a step."""
@@ -170,8 +169,10 @@ def _onnxruntime(graph: bytes, threads: int) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    # Threads that spin while they wait would take the cores from the control loop.
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    # Threads that spin for long would take the cores from the control loop; those that never do wake when a small product is done
+    # already, and two are slower than one. So: for 20 us, which old versions do not know, and never between passes.
+    options.add_session_config_entry('session.intra_op.spin_duration_us', '20')
+    options.add_session_config_entry('session.force_spinning_stop', '1')
     # Fused with the sum before it, layer norm is computed one number at a time and takes four times as long as both apart.
     session = onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'],
                                            disabled_optimizers=['SkipLayerNormFusion'])
