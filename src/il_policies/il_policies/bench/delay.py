@@ -10,7 +10,7 @@ ensembling     overlapping chunks are averaged; the best of BLENDS, chosen on ot
 warm_start     naive, but the previous chunk enters the sampler half-way
 rtc            naive, guided to continue the previous chunk (https://arxiv.org/abs/2506.07339), with β = 5 as there
 rtc_20         the same with β = 20
-training_rtc   naive, continuing the committed steps as trained (https://arxiv.org/abs/2512.05964)
+training_rtc   naive, continuing the committed steps as trained (https://arxiv.org/abs/2512.05964), with PREFIX_NOISE
 """
 from __future__ import annotations
 
