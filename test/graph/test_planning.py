@@ -264,7 +264,8 @@ def set_parameters(node, **values) -> list[str]:
 
 def test_when_to_plan(node, nodes, tmp_path):
     """Changed while it plans: by stride, by the horizon that remains, as fast as it can."""
-    nodes.start('policy_node', contract=CONTRACT, checkpoint=save_policy(tmp_path / 'policy'), stride=3, nice=0, rtc='identity')
+    nodes.start('policy_node', contract=CONTRACT, checkpoint=save_policy(tmp_path / 'policy'), stride=3, nice=0, rtc='identity',
+                rtc_beta=20.0)
     streams = Streams(node)
     node.create_publisher(String, 'instruction', STATUS_QOS).publish(String(data='put it down'))
     wait_for(lambda: streams.diagnostics, 40, 'diagnostics')

@@ -79,6 +79,8 @@ class PolicyNode(LifecycleNode):
         declare(self, 'tau', 0.5, 'warm start: from where the previous chunk is denoised anew; 0 = pure noise', 0.0, 0.99)
         declare(self, 'rtc', 'off', f'real-time chunking, the new chunk continues the previous one: {", ".join(RTC)}; '
                 'the controller\'s ensembling must be latest')
+        declare(self, 'rtc_beta', 5.0, 'largest weight of the guidance by rtc: higher holds closer to the previous chunk',
+                0.001, 1000.0)
         declare(self, 'seed', 0, 'seed of the noise', 0, 2**31 - 1)
         declare(self, 'threads', 1, 'threads of the network', 1, 256)
         declare(self, 'backend', 'auto', f'what runs the network: {", ".join(deploy.BACKENDS)}; auto: the fastest that the '
@@ -172,7 +174,7 @@ class PolicyNode(LifecycleNode):
             raise ValueError(f'{source} was trained for another robot: ' + '; '.join(mismatches))
         spec = policy.spec
         _check_when(self._value('plan_when'), self._value('least_horizon'), spec.horizon)
-        planner = Planner(policy, *(self._value(name) for name in ('noise', 'tau', 'seed', 'rtc')))
+        planner = Planner(policy, *(self._value(name) for name in ('noise', 'tau', 'seed', 'rtc', 'rtc_beta')))
         # The first pass through a network is the slowest; it must not be the first of an episode.
         planner.warm_up()
         for name in spec.features:
