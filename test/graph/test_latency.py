@@ -62,6 +62,7 @@ def simulated(tmp_path):
     process.kill()
 
 
+@pytest.mark.long
 def test_a_planner_that_is_known_and_nodes_that_run(simulated, node, nodes, tmp_path):
     nodes.start('controller_node', contract=patient_contract(tmp_path))
     arm = FollowingArm(node, patient_contract(tmp_path))

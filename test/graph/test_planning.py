@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
@@ -136,6 +137,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.long
 def test_whatever_happens_to_a_stream_stops_planning_is_named_and_passes(node, nodes, tmp_path):
     """Within a second; the chunks before it was noticed are from observations before it; no restart."""
     contract = raw_contract(tmp_path)
@@ -174,6 +176,7 @@ def test_whatever_happens_to_a_stream_stops_planning_is_named_and_passes(node, n
     assert int(values['refused joint_positions']) > 10 and values['stream goal'] == 'fresh'
 
 
+@pytest.mark.long
 def test_policies_are_exchanged_in_motion_under_new_epochs(node, nodes, tmp_path):
     """The arm never stops, never leaves its limits; an epoch's followed chunks are of one policy; refusals change nothing."""
     contract = patient_contract(tmp_path, max_age=1.0)
@@ -283,6 +286,7 @@ def test_when_to_plan(node, nodes, tmp_path):
     assert {pair.key: pair.value for pair in streams.diagnostics[-1][1].values}['instruction'] == 'put it down'
 
 
+@pytest.mark.long
 def test_planning_that_is_too_slow_is_named_until_it_is_not(node, nodes, tmp_path):
     """Slower than its stride, and cured by a longer one; slower than a whole chunk, and cured by a quicker policy."""
     fast = save_policy(tmp_path / 'fast')

@@ -151,6 +151,7 @@ def test_it_streams_what_the_contract_names_moves_on_command_and_resets(nodes, n
     assert nodes.stop('simulator_node') == 0
 
 
+@pytest.mark.long
 def test_every_output_moves_its_own_joints_however_it_is_told(nodes, node, tmp_path):
     from sensor_msgs.msg import JointState
     arm = ['shoulder_lift', 'elbow_flex', 'wrist_flex']

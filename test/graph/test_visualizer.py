@@ -71,6 +71,7 @@ def sway(arm: FollowingArm, epoch: int, until, every: float = 0.25, horizon: int
     return positions
 
 
+@pytest.mark.long
 def test_eight_chunks_of_a_hundred_steps_ten_times_a_second_take_a_fifth_of_a_core(nodes, node, tmp_path):
     contract = patient_contract(tmp_path)
     arm, pictures, scene = FollowingArm(node, contract), Pictures(node), tmp_path / 'scene.mcap'
