@@ -6,17 +6,14 @@ reach_around with them; without one it listens to what runs, and moves nothing. 
 """
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus
 from il_msgs.msg import ActionChunk, ControllerStatus
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import JointState
@@ -26,7 +23,7 @@ from il_policies.sim.reach_around import EPISODE_S, sample_scene
 from il_runtime.core.controller import STARVED
 from il_runtime.demo.processes import DemoError, Processes, terminate_like_interrupt
 from il_runtime.demo.rollouts import wait_for_planner
-from il_runtime.ros import be_nice, declare, nanoseconds
+from il_runtime.ros import answer, be_nice, declare, nanoseconds
 from il_runtime.session import Session, SessionError
 
 SILENT_S = 10.0
@@ -125,6 +122,8 @@ def listen(node: LatencyNode) -> tuple[int, int]:
         raise ValueError(f'no controller: nothing received on {topic} within {SILENT_S:g} s')
     if node.count_publishers('/clock'):
         raise ValueError('time is simulated (/clock is published): durations would be of another clock')
+    for kept in (node.chunks, node.planned, node.followed, node.commands):
+        kept.clear()  # what came before; the controller's last status holds on
     began = time.time_ns()
     spin(node.seconds)
     return began, time.time_ns()
@@ -151,20 +150,16 @@ def simulate(node: LatencyNode) -> tuple[int, int]:
         return began, time.time_ns()
 
 
+def measure() -> dict:
+    """What was heard, with nodes of its own or of others."""
+    with terminate_like_interrupt():
+        node = LatencyNode()
+        return node.heard(*(simulate if node.checkpoint else listen)(node))
+
+
 def main() -> None:
-    """Entry point: exit code 2 and a line on stderr if it cannot measure."""
-    rclpy.init()
-    try:
-        with terminate_like_interrupt():
-            node = LatencyNode()
-            print(json.dumps(node.heard(*(simulate if node.checkpoint else listen)(node))))
-    except (ValueError, OSError, rclpy.exceptions.ParameterException) as error:
-        print(f'latency_node: {error}', file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, ExternalShutdownException):
-        sys.exit(130)
-    finally:
-        rclpy.try_shutdown()
+    """Entry point."""
+    answer('latency_node', measure)
 
 
 if __name__ == '__main__':

@@ -5,13 +5,10 @@ It judges nothing and publishes nothing. Where /clock is published it takes the 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 import time
 
-import rclpy
 from rclpy.duration import Infinite
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
@@ -23,7 +20,7 @@ from il_policies.contract import load_contract
 from il_policies.data.recording import streams_of
 from il_runtime.outputs import OUTPUT_TYPES
 from il_runtime.ring import Message
-from il_runtime.ros import be_nice, declare, message_class
+from il_runtime.ros import answer, be_nice, declare, message_class
 from il_runtime.tap import Tap
 
 DISCOVERY_S = 1.5
@@ -100,34 +97,30 @@ def _endpoint(info, problem: str) -> Endpoint:
                     problem.removeprefix('ERROR: ').rstrip(';'))
 
 
+def look() -> dict:
+    """What is seen once it is known who is there."""
+    node = ProbeNode()
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+
+    def spin(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            executor.spin_once(timeout_sec=max(end - time.monotonic(), 0.0))
+
+    alone, known = time.monotonic() + ALONE_S, None
+    while known != (known := node.get_topic_names_and_types()) or (
+            len(node.get_node_names()) == 1 and time.monotonic() < alone):
+        spin(DISCOVERY_S)
+    node.listen()
+    spin(node.seconds)
+    node.tap.take()
+    return dataclasses.asdict(node.graph())
+
+
 def main() -> None:
-    """Entry point: exit code 2 and a line on stderr if it cannot listen."""
-    rclpy.init()
-    try:
-        node = ProbeNode()
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-
-        def spin(seconds: float) -> None:
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                executor.spin_once(timeout_sec=max(end - time.monotonic(), 0.0))
-
-        alone, known = time.monotonic() + ALONE_S, None
-        while known != (known := node.get_topic_names_and_types()) or (
-                len(node.get_node_names()) == 1 and time.monotonic() < alone):
-            spin(DISCOVERY_S)
-        node.listen()
-        spin(node.seconds)
-        node.tap.take()
-        print(json.dumps(dataclasses.asdict(node.graph())))
-    except (ValueError, OSError, rclpy.exceptions.ParameterException) as error:
-        print(f'probe_node: {error}', file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, ExternalShutdownException):
-        sys.exit(130)
-    finally:
-        rclpy.try_shutdown()
+    """Entry point."""
+    answer('probe_node', look)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
 import re
 import select
@@ -182,6 +183,20 @@ class Worker(threading.Thread):
             self.work()
         except Exception:
             self.failure = traceback.format_exc()
+
+
+def answer(name: str, hear: Callable[[], dict]) -> None:
+    """Main of a node that il_policies.probe asks: print as JSON what it hears; if it cannot, a line on stderr and exit code 2."""
+    rclpy.init()
+    try:
+        print(json.dumps(hear()))
+    except (ValueError, OSError, rclpy.exceptions.ParameterException) as error:
+        print(f'{name}: {error}', file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, ExternalShutdownException):
+        sys.exit(130)
+    finally:
+        rclpy.try_shutdown()
 
 
 def run(make_node: Callable[[], rclpy.node.Node]) -> None:
